@@ -1,0 +1,866 @@
+"""ckgen: checkerboard image generation in one readable file.
+
+Follows David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
+(arXiv:2602.03811), in the paper's order. An image becomes a pyramid of small maps of codes
+(1x1, 2x2, ... NxN). A transformer draws the maps coarse to fine, and each map in a few steps: step i
+draws block b_i, a set of cells spread evenly over the whole map, all of them at once.
+
+    Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
+    Sec. 3.2                   blocks b_1 ... b_P             split_blocks
+    Sec. 4.3, Fig. 4b          scales                         scale_sizes
+    Sec. 3.1, Fig. 2           sequence, steps, mask          Layout
+    Sec. 3.3                   codes and latents              Tokenizer
+    Sec. 3.1                   z_up                           upsample, upsample_pyramid
+    Sec. 3.4                   learned RoPE, RoPE mixing      rotate, Checkerboard.rotary
+    Sec. 3.3                   class token, AdaLN             AdaLN, Checkerboard.context
+    Sec. 3.1                   transformer                    Attention, FeedForward, Layer
+    Sec. 3.1, Eq. 1            inputs                         Checkerboard.inputs
+    Sec. 3.1                   training pass, loss            Checkerboard.forward, loss_by_scale
+    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
+    Fig. 1                     pictures of the steps          progress_frames
+
+Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
+
+Letters in the shape comments:
+    B batch   L tokens of the pyramid, 1 + L with the class token in front   T tokens of one call
+    D width   H heads   d = D/H head width   V codes   C code dimension   P steps per scale
+    N side of the finest map   n side of a map
+
+Guidance is the paper's: logits = cond + w (cond - uncond). So w = 0 is off, and w is one less than
+the scale that much of the literature calls "cfg".
+
+    python ckgen.py                                            prints Fig. 2 and Fig. 3 as text
+    python ckgen.py runs/tiny-2x-toy/checkpoint.pt --class star --n 16 --out stars.png
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import os
+import pickle
+import sys
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Scan order (Sec. 3.2, Algorithm 1). Needs no imports: copy it.
+
+
+def progressive_checkerboard(size):
+    """The progressive checkerboard scan order of a size x size grid (Sec. 3.2, Algorithm 1).
+
+    Returns a new list of all cells [(x, y), ...], x the column and y the row, each 0 ... size-1. Any
+    prefix of it is balanced: at every level of the quadtree, the quadrants hold equally many of its
+    cells, give or take one. A size that is no power of two takes the order of the next one,
+    restricted to the grid. Raises ValueError when size is not a positive integer.
+
+    The rank of a cell has a closed form. Write x and y in binary, most significant bit first; bit
+    number l of the two (0 = the whole image) adds (2 * (xbit ^ ybit) + ybit) * 4**l.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a positive integer, got {size!r}")
+
+    def scan(side, x, y):
+        if side == 1:
+            return [(x, y)]
+        half = side // 2
+        quadrants = [scan(half, x, y), scan(half, x + half, y + half),  # top left, bottom right
+                     scan(half, x + half, y), scan(half, x, y + half)]  # top right, bottom left
+        return [cell for turn in zip(*quadrants) for cell in turn]      # round robin
+
+    power_of_two = 1 << (size - 1).bit_length()
+    return [(x, y) for x, y in scan(power_of_two, 0, 0) if x < size and y < size]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Blocks and scales (Sec. 3.2, Fig. 4b). split_blocks needs no imports either.
+
+
+def split_blocks(order, steps):
+    """Split a scan order into blocks b_1 ... b_P of contiguous cells (Sec. 3.2).
+
+    Returns min(steps, len(order)) lists that concatenate to `order`. Their sizes differ by at most
+    one, larger ones first, so that token j of block i always finds a token j in block i - 1. Raises
+    ValueError when steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps per scale must be 1 or more, got {steps}")
+    blocks = min(steps, len(order))
+    size, larger = divmod(len(order), blocks)  # the first `larger` blocks hold one cell more
+    starts = [i * size + min(i, larger) for i in range(blocks + 1)]
+    return [order[a:b] for a, b in zip(starts, starts[1:])]
+
+
+SCALE_RATIOS = {"2": 2.0, "3": 3.0, "4": 4.0, "sqrt2": 2 ** 0.5, "1": None}  # "1": a single scale
+
+
+def scale_sizes(grid, ratio):
+    """Sides of the maps, coarse to fine (Fig. 4b): scale_sizes(16, "4") == (1, 4, 16).
+
+    grid is the side of the finest map, ratio a key of SCALE_RATIOS. Divides by the ratio down to 1 in
+    real numbers, then rounds half to even. Raises ValueError for another ratio or a grid < 1.
+    """
+    if grid < 1 or ratio not in SCALE_RATIOS:
+        raise ValueError(f"need a grid of 1 or more and a ratio among {', '.join(SCALE_RATIOS)}, "
+                         f"got grid {grid}, ratio {ratio}")
+    sizes = [float(grid)]
+    while SCALE_RATIOS[ratio] and sizes[-1] > 1:
+        sizes.append(max(1.0, sizes[-1] / SCALE_RATIOS[ratio]))
+    return tuple(sorted({round(n) for n in sizes}))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Layout (Fig. 2). Everything about the sequence is fixed by the sizes and P, so it is a table.
+#
+# A location is an index into the flat pyramid: the maps row by row, coarse to fine, 0 ... L-1. Two
+# more locations stand for what is no cell of the pyramid.
+
+EMPTY = -1  # "the block before" of a scale's first block; -1 is the last row of any table
+CLASS = -2  # the class token, the last row but one
+
+
+class Step(NamedTuple):
+    """One sampling step: block b_i of a scale, at tokens start ... end-1 of the sequence."""
+    scale: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sequence of 1 + L tokens, class token first. Training and sampling read this one table."""
+    sizes: tuple          # side n of each scale's map, coarse to fine
+    here: torch.Tensor    # (1+L,) location b_i that a token predicts (CLASS for the class token)
+    before: torch.Tensor  # (1+L,) location b_{i-1} that it reads (EMPTY in a scale's first block)
+    block: torch.Tensor   # (1+L,) number of the block, counted through all scales; class token 0
+    steps: tuple          # (Step, ...) in the order of sampling, not counting the class token
+
+    @staticmethod
+    def make(sizes, steps_per_scale, device="cpu"):
+        """The layout of a pyramid with maps of these sizes, each split into P blocks (Sec. 3.1)."""
+        here, before, block, steps, offset = [CLASS], [CLASS], [0], [], 0
+        for scale, n in enumerate(sizes):
+            previous = None
+            for cells in split_blocks(progressive_checkerboard(n), steps_per_scale):
+                locations = [offset + y * n + x for x, y in cells]
+                steps.append(Step(scale, len(here), len(here) + len(cells)))
+                here += locations
+                before += previous[:len(cells)] if previous else [EMPTY] * len(cells)
+                block += [len(steps)] * len(cells)
+                previous = locations
+            offset += n * n
+        tables = (torch.tensor(table, device=device) for table in (here, before, block))
+        return Layout(tuple(sizes), *tables, tuple(steps))
+
+    def mask(self):
+        """Blockwise causal mask (1+L, 1+L), True where the row's token may attend to the column's:
+        to all of its own block and of every earlier one, over all scales (Sec. 3.1, Fig. 2)."""
+        return self.block[:, None] >= self.block[None, :]
+
+
+def scale_slices(sizes):
+    """Where each scale lies in the flat pyramid: [slice, ...], coarse to fine."""
+    ends = np.cumsum([n * n for n in sizes]).tolist()
+    return [slice(end - n * n, end) for n, end in zip(sizes, ends)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Tokenizer (Sec. 3.3): images to codes and back.
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of a Tokenizer."""
+    codes: int = 256      # V, entries of the codebook
+    code_dim: int = 8     # C
+    stride: int = 4       # pixels per cell of the map
+    width: int = 64       # channels of the small form
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), 3x3, no norm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Tokenizer(nn.Module):
+    """A vector-quantised autoencoder with an l2-normalised codebook (Sec. 3.3).
+
+    Each scale is encoded separately from the RGB image, so each scale decodes to a picture by itself.
+    Images are (B, 3, h, w) in [-1, 1]; latents (B, C, n, n) have unit length over C.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width, pixels = config, config.width, 3 * config.stride ** 2
+        # The encoder sees one cell at a time: equal patches get equal codes, wherever they are, and
+        # codes that depend on little are easy to predict. The decoder sees a neighbourhood.
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1),
+                                     nn.SiLU())
+        self.to_latent = nn.Conv2d(width, config.code_dim, 1)
+        self.from_latent = nn.Conv2d(config.code_dim, width, 1)
+        self.decoder = nn.Sequential(ResidualBlock(width), ResidualBlock(width), ResidualBlock(width),
+                                     nn.Conv2d(width, pixels, 1), nn.PixelShuffle(config.stride))
+        self.codebook_weight = nn.Parameter(torch.randn(config.codes, config.code_dim))
+
+    def codebook(self):
+        """The unit code vectors (V, C)."""
+        return F.normalize(self.codebook_weight, dim=-1)
+
+    def encode(self, images):
+        """Images (B, 3, h, w) to latents (B, C, h/stride, w/stride), not yet quantised."""
+        return F.normalize(self.to_latent(self.encoder(images)), dim=1)
+
+    def quantize(self, latents):
+        """Nearest codes (B, n, n) of unit latents (B, C, n, n): nearest = largest dot product."""
+        return torch.einsum("bchw,vc->bhwv", latents, self.codebook()).argmax(-1)
+
+    def decode(self, latents):
+        """Latents (B, C, n, n) to images (B, 3, n*stride, n*stride)."""
+        return self.decoder(self.from_latent(F.normalize(latents, dim=1)))
+
+    def resize(self, images, n):
+        """Images made small enough for an n x n map. Bilinear without antialiasing, as released."""
+        side = n * self.config.stride
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def encode_pyramid(self, images, sizes):
+        """Images (B, 3, h, w) to the codes (B, L) of the flat pyramid with maps of these sizes."""
+        maps = [self.quantize(self.encode(self.resize(images, n))) for n in sizes]
+        return torch.cat([codes.flatten(1) for codes in maps], 1)
+
+    @torch.no_grad()
+    def decode_codes(self, codes):
+        """The codes of one map (B, n*n), row by row, to images in [-1, 1]."""
+        latents = self.codebook()[codes]                                    # (B, n*n, C)
+        return self.decode(as_map(latents)).clamp(-1, 1)
+
+
+def as_map(rows):
+    """(B, n*n, C), a map row by row, to (B, C, n, n)."""
+    n = int(rows.shape[1] ** 0.5)
+    return rows.transpose(1, 2).unflatten(2, (n, n))
+
+
+def upsample(latents, n):
+    """z_up (Sec. 3.1): the latents (B, m*m, C) of a map, upsampled to (B, n*n, C), of unit length."""
+    up = F.interpolate(as_map(latents), (n, n), mode="bilinear", align_corners=False)
+    return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
+
+
+def upsample_pyramid(latents, sizes):
+    """z_up of every scale at once: (B, L, C) from the latents (B, L, C); zero for the first scale."""
+    at = scale_slices(sizes)
+    coarser = [upsample(latents[:, at[k]], sizes[k + 1]) for k in range(len(sizes) - 1)]
+    return torch.cat([torch.zeros_like(latents[:, at[0]]), *coarser], 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Transformer (Sec. 3.1, 3.3, 3.4).
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a Checkerboard model. S: width 512, layers 12, heads 16, ffn 1536."""
+    sizes: tuple             # sides of the maps, coarse to fine
+    classes: int
+    codes: int = 256         # V
+    code_dim: int = 8        # C
+    width: int = 128         # D
+    layers: int = 4
+    heads: int = 4           # H
+    ffn: int = 384           # width of the feed-forward layer
+    mixing_layers: int = 2   # layers whose keys mix RoPEs, counted from the first (Sec. 3.4)
+    norm_eps: float = 1e-6
+
+    @property
+    def length(self):
+        """L, the number of cells in the pyramid."""
+        return sum(n * n for n in self.sizes)
+
+
+def rotate(x, rope):
+    """Apply rotary embeddings rope (..., T, d, 2) of (cos, sin) to x (B, H, T, d) (Sec. 3.4).
+
+    Pairs element i with i + d/2. Every element has an angle of its own, so this is a rotation only
+    while the two of a pair agree: they do when training starts, and are free to part (as released).
+    """
+    cos, sin = rope.unbind(-1)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class AdaLN(nn.Module):
+    """RMS norm, then scale and shift from the class embedding [20]: norm(x) * scale + shift."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps)
+        self.shift_scale = nn.Linear(width, 2 * width)
+
+    def modulation(self, class_embedding):
+        """(B, D) to shift and scale, (B, 1, D) each."""
+        return self.shift_scale(F.silu(class_embedding))[:, None].chunk(2, -1)
+
+    def forward(self, x, shift, scale):
+        return torch.addcmul(shift, self.norm(x), scale)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary queries and keys and, when sampling, a KV cache."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, queries, keys, mask=None, cache=None, start=0):
+        """x (B, T, D): tokens start ... start+T-1. mask (T, start+T) or None: all see all.
+
+        cache is (2, B, H, 1+L, d): keys and values of earlier tokens, to which these are added.
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, queries), rotate(k, keys)                          # (B, H, T, d)
+        if cache is not None:
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]                                     # (B, H, end, d)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, H, T, d)
+        return self.out(y.transpose(1, 2).flatten(2))                       # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class LayerContext(NamedTuple):
+    """What is constant for an image in one layer: AdaLN's (shift, scale) twice, and the RoPEs."""
+    attn: tuple            # (B, 1, D) each
+    ffn: tuple             # (B, 1, D) each
+    queries: torch.Tensor  # (1+L, d, 2)
+    keys: torch.Tensor     # (1+L, d, 2), or (H, 1+L, d, 2) in a mixing layer
+
+
+class Layer(nn.Module):
+    """x + attention(AdaLN(x)), then x + feed-forward(AdaLN(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = AdaLN(config.width, config.norm_eps)
+        self.attn = Attention(config.width, config.heads)
+        self.ffn_norm = AdaLN(config.width, config.norm_eps)
+        self.ffn = FeedForward(config.width, config.ffn)
+
+    def forward(self, x, context, mask=None, cache=None, start=0):
+        end = start + x.shape[1]
+        queries, keys = context.queries[start:end], context.keys[..., start:end, :, :]
+        h = self.attn_norm(x, *context.attn)
+        x = x + self.attn(h, queries, keys, mask, cache, start)
+        return x + self.ffn(self.ffn_norm(x, *context.ffn))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. Model and loss (Sec. 3.1, Eq. 1).
+
+
+class Checkerboard(nn.Module):
+    """The multiscale blockwise checkerboard autoregressor (Sec. 3.1, Fig. 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.class_embed = nn.Embedding(config.classes + 1, D)              # last row: no class
+        self.pos_embed = nn.Parameter(torch.empty(config.length, D))        # pos[.]
+        self.empty_pos = nn.Parameter(torch.empty(D))                       # pos[b_s^0]
+        self.empty_code = nn.Parameter(torch.empty(D))                      # z_s[b_s^0]
+        self.unfold = nn.Sequential(nn.Linear(config.code_dim, 64), nn.SiLU(),  # Sec. 3.3
+                                    nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
+        self.up_proj = nn.Linear(D, D)
+        self.combine = nn.Linear(4 * D, D)                                  # W_proj of Eq. 1
+        self.rope = nn.Parameter(torch.empty(config.length + 2, 2 * D // config.heads))
+        self.rope_mix = nn.Parameter(torch.empty(config.mixing_layers, config.heads))  # alpha'
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(D, config.norm_eps)
+        self.head = nn.Linear(D, config.codes)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self):
+        """All initialisation. What is not named here keeps torch's default."""
+        for matrix in self.layers.parameters():
+            if matrix.ndim == 2:
+                nn.init.normal_(matrix, std=0.02)
+        for layer in self.layers:               # AdaLN starts as the plain norm: shift 0, scale 1
+            for adaln in (layer.attn_norm, layer.ffn_norm):
+                nn.init.zeros_(adaln.shift_scale.weight)
+                shift, scale = adaln.shift_scale.bias.chunk(2)
+                nn.init.zeros_(shift), nn.init.ones_(scale)
+        nn.init.normal_(self.class_embed.weight)
+        nn.init.normal_(self.pos_embed)
+        nn.init.zeros_(self.empty_pos), nn.init.zeros_(self.empty_code)
+        nn.init.zeros_(self.rope_mix)           # alpha = sigmoid(0) = 1/2
+        nn.init.zeros_(self.head.weight)        # so the loss starts at log V
+        nn.init.zeros_(self.head.bias)
+        self.rope.copy_(rope_table(self.config.sizes, self.config.width // self.config.heads))
+
+    def rotary(self, layout):
+        """RoPEs of all tokens (Sec. 3.4): of the queries (1+L, d, 2) and, layer by layer, the keys.
+
+        Queries use the location that a token predicts. Keys do too, but in the mixing layers they
+        use alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha for every head.
+        """
+        table = F.normalize(self.rope.unflatten(1, (-1, 2)), dim=-1)        # unit (cos, sin)
+        here, before = table[layout.here], table[layout.before]             # (1+L, d, 2)
+        alpha = self.rope_mix.sigmoid()[..., None, None, None]              # (layers, H, 1, 1, 1)
+        mixed = alpha * here + (1 - alpha) * before                         # (layers, H, 1+L, d, 2)
+        return here, [*mixed] + [here] * (len(self.layers) - len(mixed))
+
+    def context(self, labels, layout):
+        """The class token (B, 1, D) and a LayerContext for each layer; all constant for an image.
+
+        labels are (B,) integers 0 ... classes, where `classes` itself means no class.
+        """
+        embedding = self.class_embed(labels)                                # (B, D)
+        queries, keys = self.rotary(layout)
+        return embedding[:, None], [
+            LayerContext(layer.attn_norm.modulation(embedding), layer.ffn_norm.modulation(embedding),
+                         queries, layer_keys) for layer, layer_keys in zip(self.layers, keys)]
+
+    def inputs(self, latents, z_up, layout, start, end):
+        """Eq. 1: the input tokens start ... end-1 of the sequence (start > 0), (B, T, D).
+
+        latents and z_up are (B, L, C), flat pyramids. Only the rows that these tokens read need to
+        be filled: z_up at b_i, latents at b_{i-1}.
+        """
+        here, before = layout.here[start:end], layout.before[start:end]
+        empty = (before == EMPTY)[:, None]                                  # (T, 1)
+        pos = self.pos_embed[here]                                          # (T, D)
+        pos_before = torch.where(empty, self.empty_pos, self.pos_embed[before])
+        up = self.up_proj(self.unfold(z_up[:, here]))                       # (B, T, D)
+        code_before = torch.where(empty, self.empty_code, self.unfold(latents[:, before]))
+        B = len(latents)
+        return self.combine(torch.cat([pos.expand(B, -1, -1), up,
+                                       pos_before.expand(B, -1, -1), code_before], -1))
+
+    def transform(self, x, context, mask=None, caches=None, start=0):
+        """Tokens start ... start+T-1 through all layers: (B, T, D) to logits (B, T, V)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, context[i], mask, None if caches is None else caches[i], start)
+        return self.head(self.norm(x))
+
+    def forward(self, latents, labels, layout, noisy=None):
+        """Teacher forcing (Sec. 3.1): one parallel pass over the true latents (B, L, C).
+
+        Returns logits (B, L, V) in the order of layout.here[1:]. noisy (B, L, C), when given, is
+        upsampled in place of latents (see `replace_codes` in train_tiny.py).
+        """
+        z_up = upsample_pyramid(latents if noisy is None else noisy, layout.sizes)
+        class_token, context = self.context(labels, layout)
+        tokens = self.inputs(latents, z_up, layout, 1, len(layout.here))
+        x = torch.cat([class_token, tokens], 1)                             # (B, 1+L, D)
+        return self.transform(x, context, layout.mask())[:, 1:]
+
+
+def rope_table(sizes, head_width):
+    """Where the rotary table starts (Sec. 3.4): (L + 2, 2d), rows of d interleaved (cos, sin).
+
+    7/8 of the angles turn with the place in the image, half with x, half with y, in cells of the
+    finest map and at frequencies falling geometrically; 1/8 with the scale. The rows of the class
+    and of the empty location have angle zero.
+    """
+    pairs, N = head_width // 2, sizes[-1]
+    scale_pairs = max(1, pairs // 8)
+    x_pairs = (pairs - scale_pairs + 1) // 2
+    y_pairs = pairs - scale_pairs - x_pairs
+    rows = []
+    for k, n in enumerate(sizes):
+        centre = (torch.arange(n) + 0.5) * N / n                            # (n,)
+        fx = centre[:, None] * (N * N) ** -(torch.arange(x_pairs) / x_pairs)
+        fy = centre[:, None] * (N * N) ** -(torch.arange(y_pairs) / max(1, y_pairs))
+        fs = torch.full((n, n, 1), k + 1.0) * torch.pi / 2 * 10 ** -(torch.arange(scale_pairs) / scale_pairs)
+        rows.append(torch.cat([fx.expand(n, n, -1), fy[:, None].expand(n, n, -1), fs], -1).flatten(0, 1))
+    angles = torch.cat([*rows, torch.zeros(2, pairs)])                      # (L+2, d/2)
+    angles = torch.cat([angles, angles], 1)              # element i and i + d/2: one true rotation
+    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+
+
+def loss_by_scale(logits, codes, layout):
+    """Cross entropy in nats: the flat mean over all scales and places (Sec. 3.1), and each scale's.
+
+    logits (B, L, V) in layout order, codes (B, L) the flat pyramid. Returns a scalar and (scales,).
+    """
+    targets = codes[:, layout.here[1:]]                                     # (B, L) in layout order
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)     # (L,)
+    return losses.mean(), torch.stack([losses[at].mean() for at in scale_slices(layout.sizes)])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 7. Sampler (Sec. 3.1, 4.1).
+
+
+@torch.no_grad()
+def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None):
+    """Draw the codes of one image for each label, block after block: one forward pass a step.
+
+    codebook (V, C) unit vectors; labels (B,) in 0 ... classes-1. Guidance (Sec. 4.1) is
+    cond + cfg * (cond - uncond), off for the first cfg_start steps. All places of a block are drawn
+    independently from softmax(logits / temperature); temperature 0 takes the largest logit. Returns
+    the flat pyramid of codes (B, L) and the entropy in nats of every draw (B, L), at temperature 1
+    (Sec. 4.5).
+    """
+    B, L, device = len(labels), model.config.length, labels.device
+    if cfg > 0:  # the batch twice over: with the class, and without
+        labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
+    class_token, context = model.context(labels, layout)
+    heads, head_width = model.config.heads, model.config.width // model.config.heads
+    caches = class_token.new_empty(len(model.layers), 2, len(labels), heads, 1 + L, head_width)
+    codes = torch.zeros(B, L, dtype=torch.long, device=device)
+    entropy = torch.zeros(B, L, device=device)
+    latents, z_up = (codebook.new_zeros(B, L, codebook.shape[1]) for _ in range(2))
+    at = scale_slices(layout.sizes)
+
+    for t, (scale, start, end) in enumerate(layout.steps):
+        if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before has just been filled
+            z_up[:, at[scale]] = upsample(latents[:, at[scale - 1]], layout.sizes[scale])
+        x = model.inputs(latents, z_up, layout, start, end)
+        x = x.repeat(len(labels) // B, 1, 1)
+        if t == 0:  # the class token rides along with the first block, which alone needs the mask
+            x = torch.cat([class_token, x], 1)
+            logits = model.transform(x, context, layout.mask()[:end, :end], caches)[:, 1:]
+        else:       # every token sees all that is cached and all of its own block: no mask
+            logits = model.transform(x, context, None, caches, start)
+        if cfg > 0:
+            cond, uncond = logits.chunk(2)
+            logits = cond + cfg * (cond - uncond) if t >= cfg_start else cond
+        drawn = draw(logits, temperature, generator)                        # (B, T)
+        here = layout.here[start:end]
+        codes[:, here], latents[:, here] = drawn, codebook[drawn]
+        entropy[:, here] = torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    return codes, entropy
+
+
+def draw(logits, temperature, generator=None):
+    """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+
+
+def generate(model, tokenizer, labels, layout, seed=0, batch_size=64, **guidance):
+    """Sample a pyramid for each of any number of labels, in batches, with a progress bar.
+
+    guidance: cfg, cfg_start and temperature of `sample`. Returns codes (B, L).
+    """
+    generator = torch.Generator(labels.device).manual_seed(seed)
+    batches = tqdm(labels.split(batch_size), desc="sampling", unit="batch", leave=False)
+    codebook = tokenizer.codebook().detach()
+    return torch.cat([sample(model, codebook, batch, layout, generator=generator, **guidance)[0]
+                      for batch in batches])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 8. Pictures (Fig. 1).
+
+
+def to_uint8(images):
+    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255, truncated."""
+    return ((images + 1) / 2).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def decode_scale(tokenizer, codes, sizes, scale=-1, batch_size=64):
+    """The pictures (B, n*stride, n*stride, 3), uint8, of one scale of pyramids of codes (B, L)."""
+    at = scale_slices(sizes)[scale]
+    return np.concatenate([to_uint8(tokenizer.decode_codes(batch[:, at]))
+                           for batch in codes.split(batch_size)])
+
+
+@torch.no_grad()
+def progress_frames(tokenizer, codes, layout):
+    """What is known after each step (Fig. 1): [uint8 (B, h, w, 3), ...], one for each step.
+
+    Cells not sampled yet are grey. The decoder sees z_up in their place, so no frame shows anything
+    of what comes later. Codes never change once drawn: the finished pyramid is all this needs.
+    """
+    latents = tokenizer.codebook()[codes]                                   # (B, L, C)
+    z_up, at = upsample_pyramid(latents, layout.sizes), scale_slices(layout.sizes)
+    side, frames = layout.sizes[-1] * tokenizer.config.stride, []
+    for scale, _, end in layout.steps:
+        n, cells = layout.sizes[scale], at[scale]
+        drawn = torch.zeros(codes.shape[1], dtype=torch.bool, device=codes.device)
+        drawn[layout.here[1:end]] = True
+        known = torch.where(drawn[cells, None], latents[:, cells], z_up[:, cells])
+        picture = F.interpolate(tokenizer.decode(as_map(known)).clamp(-1, 1), (side, side))
+        frames.append(to_uint8(picture * F.interpolate(drawn[cells].float().view(1, 1, n, n), (side, side))))
+    return frames
+
+
+def picture_grid(rows, names=()):
+    """One PIL image of rows of pictures, [(k, h, w, 3) uint8, ...], with a name beside each row.
+
+    Small pictures are enlarged by a whole factor, pixel by pixel, so that they can be looked at.
+    """
+    height, width = rows[0].shape[1:3]
+    zoom, gap, columns = max(1, 96 // height), 4, max(len(row) for row in rows)
+    height, width = height * zoom, width * zoom
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = max((int(pen.textlength(name, font_size=14)) + gap for name in names), default=0)
+    grid = Image.new("RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap),
+                     "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(picture, (margin + gap + x * (width + gap), gap + y * (height + gap)))
+    for y, name in enumerate(names):
+        ImageDraw.Draw(grid).text((gap, gap + y * (height + gap) + height // 2), name, "black",
+                                  anchor="lm", font_size=14)
+    return grid
+
+
+def save_gif(frames, file):
+    """Write PIL images as an endless GIF, the last one held longer."""
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[250] * (len(frames) - 1) + [2000])
+
+
+def write_whole(path, save):
+    """Write a file whole or not at all: save(open file) under a temporary name, then rename."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------
+# 9. Checkpoints.
+
+FORMAT = "ckgen 1"
+
+
+class Checkpoint(NamedTuple):
+    """All that sampling needs."""
+    model: Checkerboard
+    tokenizer: Tokenizer
+    classes: list    # names
+    defaults: dict   # steps, cfg, temperature: how the run draws its own pictures
+
+
+def read_checkpoint(path):
+    """The dictionary in a file of ours. Raises ValueError, in one line, for any other file.
+
+    weights_only=True: torch then unpickles tensors and plain values and refuses all else, so that
+    no file can run code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder; name the checkpoint.pt in it") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused: no checkpoint, or one that holds more than tensors and "
+                         f"plain values and could run code") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+        raise ValueError(f"{path}: damaged or no checkpoint; truncated, perhaps") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of ckgen (no format entry {FORMAT!r})")
+    return state
+
+
+def load(path, device="cpu"):
+    """Load a Checkpoint for sampling. Raises ValueError, in one line, when the file is not one."""
+    state = read_checkpoint(path)
+    if "model" not in state:
+        raise ValueError(f"{path}: its training has not come to the transformer yet; the command that "
+                         f"started it continues it")
+    model = Checkerboard(Config(**state["model_config"]))
+    model.load_state_dict(state["model"])
+    tokenizer = Tokenizer(TokenizerConfig(**state["tokenizer_config"]))
+    tokenizer.load_state_dict(state["tokenizer"])
+    return Checkpoint(model.to(device).eval(), tokenizer.to(device).eval(), state["classes"],
+                      state["defaults"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 10. Command line.
+
+
+def at_least(kind, low):
+    """An argparse type: a finite number of this kind (int or float), low or more."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of {low} or more")
+        return value
+    return parse
+
+
+def pick_device(name=None):
+    """torch.device by name (cpu, cuda, cuda:1, mps), by default cuda where there is one.
+
+    Raises ValueError when the name is unknown or this machine has no such device.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):  # what a CPU build of torch raises for cuda
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: not to be had here; known are cpu, cuda, cuda:1 ..., mps")
+    return device
+
+
+def pick_classes(wanted, classes):
+    """Class numbers for names or numbers; all when none are wanted. Raises ValueError if unknown."""
+    numbers = {**{str(i): i for i in range(len(classes))}, **{name: i for i, name in enumerate(classes)}}
+    for name in wanted:
+        if name not in numbers:
+            known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise ValueError(f"--class {name}: unknown; known are {known}, or 0 ... {len(classes) - 1}")
+    return list(dict.fromkeys(numbers[name] for name in wanted)) or list(range(len(classes)))
+
+
+def explain():
+    """Print the scan order (Fig. 3), the layout of a small pyramid and its mask (Fig. 2)."""
+    rank = {cell: i + 1 for i, cell in enumerate(progressive_checkerboard(8))}
+    print("Scan order of an 8x8 grid (Sec. 3.2, Fig. 3): cell 1 is sampled first. With P = 8 steps,\n"
+          "step 1 takes cells 1-8, step 2 cells 9-16, and so on.\n")
+    for y in range(8):
+        print("  ", *(f"{rank[x, y]:3d}" for x in range(8)))
+
+    sizes, P = (1, 2, 4), 4
+    layout = Layout.make(sizes, P)
+    print(f"\nLayout of a pyramid of {sizes} maps with P = {P} steps per scale (Sec. 3.1, Fig. 2). A cell is\n"
+          "written x,y. Each token predicts the code of its own cell, from the map before (upsampled) and\n"
+          "from the code of a cell in the block before; - where a scale has no block before.\n")
+    corner = {n: at.start for n, at in zip(sizes, scale_slices(sizes))}
+
+    def cells(locations, n):
+        places = [(location - corner[n]) for location in locations.tolist() if location >= 0]
+        return " ".join(f"{place % n},{place // n}" for place in places) or "-"
+
+    print("   step  scale  predicts             reads")
+    for t, (scale, start, end) in enumerate(layout.steps):
+        n = sizes[scale]
+        print(f"   {t:4d}  {n}x{n}    {cells(layout.here[start:end], n):19s}  "
+              f"{cells(layout.before[start:end], n)}")
+
+    print("\nIts blockwise causal mask (Sec. 3.1, Fig. 2): row attends to column; the class token is\n"
+          "first.\n")
+    for row in layout.mask().tolist():
+        print("  ", "".join("##" if allowed else " ." for allowed in row))
+    print("\nNext: python train_tiny.py --scale 2 --steps 4, then python ckgen.py CHECKPOINT; see --help.")
+
+
+def parse_arguments(arguments):
+    """The parser and what it reads off the command line."""
+    parser = argparse.ArgumentParser(
+        description="Sample images from a checkpoint. Without arguments: print the paper's Fig. 2 and 3.",
+        epilog="example: python ckgen.py runs/tiny-2x-toy/checkpoint.pt --class star ring --n 16")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="a checkpoint.pt written by train_tiny.py")
+    add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
+        help="classes by name or number, which take turns (default: all)")
+    add("--n", type=at_least(int, 1), help="images in all (default: 8 of each class)")
+    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale, whatever the model was "
+        "trained with: more is slower and better (default: the checkpoint's)")
+    add("--cfg", type=at_least(float, 0), metavar="W", help="guidance, logits = cond + W (cond - "
+        "uncond): 0 is off, W is the usual cfg scale minus 1 (default: the checkpoint's)")
+    add("--cfg-start", type=at_least(int, 0), default=5, metavar="STEP",
+        help="first steps without guidance, counted over all scales (default: 5)")
+    add("--temperature", type=at_least(float, 0), metavar="T", help="divides the logits; 0 takes the "
+        "likeliest code (default: the checkpoint's)")
+    add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same images")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--out", default="samples.png", help=".png: a grid, or the image itself for --n 1; .gif: the "
+        "steps; .npz: uint8 NHWC under arr_0 (default: samples.png)")
+    return parser, parser.parse_args(arguments)
+
+
+def sample_to_file(args):
+    """Sample what the command line asks for and write it. Raises ValueError for bad input."""
+    extension, folder = os.path.splitext(args.out)[1], os.path.dirname(args.out) or "."
+    if extension not in (".png", ".gif", ".npz"):
+        raise ValueError(f"--out {args.out}: the name must end in .png, .gif or .npz")
+    if not os.path.isdir(folder):
+        raise ValueError(f"--out {args.out}: there is no folder {folder}")
+    device = pick_device(args.device)
+    model, tokenizer, names, defaults = load(args.checkpoint, device)
+    classes = pick_classes(args.classes, names)
+    n = args.n or 8 * len(classes)
+    classes = classes[:n]
+    steps, cfg, temperature = (defaults[key] if getattr(args, key) is None else getattr(args, key)
+                               for key in ("steps", "cfg", "temperature"))
+    layout = Layout.make(model.config.sizes, steps, device)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
+    codes = generate(model, tokenizer, labels, layout, args.seed, cfg=cfg, cfg_start=args.cfg_start,
+                     temperature=temperature)
+
+    if extension == ".npz":
+        pictures = decode_scale(tokenizer, codes, layout.sizes)
+        write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
+    else:
+        frames = (progress_frames(tokenizer, codes, layout) if extension == ".gif"
+                  else [decode_scale(tokenizer, codes, layout.sizes)])
+        if n == 1:
+            images = [Image.fromarray(frame[0]) for frame in frames]
+        elif len(classes) == 1:  # rows of 8
+            images = [picture_grid(np.split(frame, range(8, n, 8))) for frame in frames]
+        else:                    # a row for each class; they took turns
+            images = [picture_grid([frame[i::len(classes)] for i in range(len(classes))],
+                                   [names[c] for c in classes]) for frame in frames]
+        save = save_gif if extension == ".gif" else lambda images, file: images[0].save(file, "PNG")
+        write_whole(args.out, lambda file: save(images, file))
+    print(f"wrote {args.out}: {n} images of {len(classes)} classes, {len(layout.steps)} steps each "
+          f"({steps} per scale), cfg {cfg:g}, temperature {temperature:g}, seed {args.seed}")
+
+
+def main(arguments=None):
+    """The command line of this file."""
+    parser, args = parse_arguments(arguments)
+    if args.checkpoint is None:
+        return explain()
+    try:
+        sample_to_file(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
