@@ -303,7 +303,7 @@ def rotate(x, rope):
     """
     cos, sin = rope.unbind(-1)
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.addcmul(x * cos, torch.cat([-second, first], -1), sin)
 
 
 class AdaLN(nn.Module):
@@ -691,7 +691,7 @@ def read_checkpoint(path):
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: no checkpoint, or one that holds more than tensors and "
                          f"plain values and could run code") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except Exception:  # a damaged file can raise nearly anything
         raise ValueError(f"{path}: damaged or no checkpoint; truncated, perhaps") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of ckgen (no format entry {FORMAT!r})")

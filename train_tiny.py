@@ -62,8 +62,8 @@ class Recipe:
 # tiny departs from the paper's AdamW: in the few minutes of its run Muon gets much further.
 RECIPES = {
     "tiny": Recipe(width=128, layers=4, heads=4, ffn=384, image_size=32, tokenizer_codes=256,
-                   tokenizer_iters=1600, tokenizer_batch=16, iters=1400, batch_size=16, lr=6e-3,
-                   muon_lr=0.03, cfg=0.5, temperature=0.9),
+                   tokenizer_iters=1600, tokenizer_batch=16, iters=1300, batch_size=16, lr=6e-3,
+                   muon_lr=0.03, cfg=0.5, temperature=0.6),
     "S": Recipe(width=512, layers=12, heads=16, ffn=1536, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=6000, batch_size=128, lr=1e-4,
                 replace_codes=0.1),
@@ -420,8 +420,7 @@ def make_optimizers(model, recipe):
     rest = [p for name, p in model.named_parameters() if not takes_muon(name, p)]
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.01},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    fused = rest[0].device.type == "cuda"
-    optimizers = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=fused)]
+    optimizers = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)]
     if recipe.muon_lr:
         matrices = [p for name, p in model.named_parameters() if takes_muon(name, p)]
         optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0))
@@ -683,8 +682,10 @@ def read_recipe(args, device):
     recipe = RECIPES[config]
     given = {key: getattr(args, key) for key in ("image_size", "iters", "batch_size", "lr")
              if getattr(args, key) is not None}
-    if "lr" in given:
+    if args.lr:
         given["muon_lr"] = recipe.muon_lr * args.lr / recipe.lr
+    if args.iters:
+        given["tokenizer_iters"] = max(1, recipe.tokenizer_iters * args.iters // recipe.iters)
     recipe = replace(recipe, **given)
     stride = TokenizerConfig.stride
     if recipe.image_size % stride:
@@ -790,7 +791,8 @@ def parse_arguments(arguments):
     add("--image-size", type=at_least(int, 4), metavar="PIXELS",
         help="side of the images (default: 32 for tiny, 64 for S and L)")
     add("--out", metavar="DIR", help="folder of the run (default: runs/<config>-<scale>x-<data>)")
-    add("--iters", type=at_least(int, 1), help="steps of the transformer's training")
+    add("--iters", type=at_least(int, 1), help="steps of the transformer's training; the "
+        "tokenizer's follow in proportion")
     add("--batch-size", type=at_least(int, 1), help="images in a step of it")
     add("--lr", type=at_least(float, 1e-9), help="AdamW's learning rate (tiny: Muon's goes with it)")
     add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same weights")

@@ -1,0 +1,705 @@
+"""What must stay true of ckgen, as properties of the paper. Run: python -m pytest -q test_ckgen.py"""
+
+import csv
+import inspect
+import itertools
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import ckgen
+import train_tiny
+from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RATIOS = list(ckgen.SCALE_RATIOS)
+
+# ---------------------------------------------------------------------------------------------------
+# Scan order (Sec. 3.2, Algorithm 1, Fig. 3)
+
+FIGURE_3 = """
+     1  33   9  41   3  35  11  43
+    49  17  57  25  51  19  59  27
+    13  45   5  37  15  47   7  39
+    61  29  53  21  63  31  55  23
+     4  36  12  44   2  34  10  42
+    52  20  60  28  50  18  58  26
+    16  48   8  40  14  46   6  38
+    64  32  56  24  62  30  54  22"""
+
+
+def closed_form_rank(x, y, bits):
+    """The rank of a cell by its coordinates' bits, most significant first."""
+    rank = 0
+    for level in range(bits):
+        x_bit, y_bit = (x >> bits - 1 - level) & 1, (y >> bits - 1 - level) & 1
+        rank += (2 * (x_bit ^ y_bit) + y_bit) * 4 ** level
+    return rank
+
+
+def test_order_is_figure_3():
+    rank = {cell: i + 1 for i, cell in enumerate(ckgen.progressive_checkerboard(8))}
+    table = [[rank[x, y] for x in range(8)] for y in range(8)]
+    assert table == [[int(number) for number in row.split()] for row in FIGURE_3.strip().split("\n")]
+
+
+@pytest.mark.parametrize("size", range(1, 34))
+def test_order_has_every_cell_once_and_the_closed_form(size):
+    order = ckgen.progressive_checkerboard(size)
+    bits = (size - 1).bit_length()
+    cells = list(itertools.product(range(size), repeat=2))
+    assert sorted(order) == cells
+    assert order == sorted(cells, key=lambda cell: closed_form_rank(*cell, bits))
+
+
+@pytest.mark.parametrize("size", range(1, 34))
+def test_every_prefix_is_balanced_at_every_level(size):
+    x, y = np.array(ckgen.progressive_checkerboard(size)).T
+    side = 1 << (size - 1).bit_length()
+    while side >= 1:
+        whole = size // side                                     # quadtree cells wholly inside
+        inside = (x // side < whole) & (y // side < whole)
+        node = (y // side * whole + x // side)[inside]
+        counts = np.zeros((size * size, whole * whole), int)     # of each node, as the prefix grows
+        counts[np.flatnonzero(inside), node] = 1
+        spread = np.ptp(counts.cumsum(0), axis=1) if whole else np.zeros(1)
+        assert spread.max() <= 1, f"side {side}: unbalanced after cell {spread.argmax()}"
+        side //= 2
+
+
+def test_order_is_a_fresh_list_and_refuses_bad_sizes():
+    ckgen.progressive_checkerboard(4).clear()
+    assert len(ckgen.progressive_checkerboard(4)) == 16
+    for size in (0, -3, 2.5, "8"):
+        with pytest.raises(ValueError, match=re.escape(repr(size))):
+            ckgen.progressive_checkerboard(size)
+
+
+def test_order_and_blocks_work_pasted_into_an_empty_file():
+    for function, arguments in ((ckgen.progressive_checkerboard, (6,)), (ckgen.split_blocks, ([1, 2, 3], 2))):
+        names = {}
+        exec(inspect.getsource(function), names)
+        assert names[function.__name__](*arguments) == function(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Blocks, scales, layout (Sec. 3.1, 3.2, Fig. 2, Fig. 4b)
+
+
+def test_blocks_are_P_near_equal_segments():
+    for size, steps in itertools.product(range(1, 34), (1, 2, 3, 4, 5, 7, 8, 16, 64, 2000)):
+        order = ckgen.progressive_checkerboard(size)
+        blocks = ckgen.split_blocks(order, steps)
+        sizes = [len(block) for block in blocks]
+        assert sum(blocks, []) == order
+        assert len(blocks) == min(steps, size * size), (size, steps)
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1, (size, steps, sizes)
+    with pytest.raises(ValueError, match="0"):
+        ckgen.split_blocks([1], 0)
+
+
+def test_scales_are_figure_4b():
+    assert {ratio: ckgen.scale_sizes(16, ratio) for ratio in RATIOS} == {
+        "sqrt2": (1, 2, 3, 4, 6, 8, 11, 16), "2": (1, 2, 4, 8, 16), "3": (1, 2, 5, 16),
+        "4": (1, 4, 16), "1": (16,)}
+    for ratio, steps in (("2", 4), ("4", 8)):  # Table 1: 17 steps in all
+        assert len(Layout.make(ckgen.scale_sizes(16, ratio), steps).steps) == 17
+    with pytest.raises(ValueError, match="5"):
+        ckgen.scale_sizes(16, "5")
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_layout_reads_the_block_before(ratio, steps):
+    sizes = ckgen.scale_sizes(8, ratio)
+    layout = Layout.make(sizes, steps)
+    L = sum(n * n for n in sizes)
+    assert sorted(layout.here[1:].tolist()) == list(range(L))
+    assert [step.start for step in layout.steps] == [1] + [step.end for step in layout.steps[:-1]]
+    previous = None
+    for number, step in enumerate(layout.steps, 1):
+        here, before = layout.here[step.start:step.end], layout.before[step.start:step.end]
+        at = ckgen.scale_slices(sizes)[step.scale]
+        assert (layout.block[step.start:step.end] == number).all()
+        assert all(at.start <= location < at.stop for location in here.tolist())
+        if previous is None or previous[0] != step.scale:
+            assert (before == ckgen.EMPTY).all()
+        else:
+            assert before.tolist() == previous[1][:len(before)]
+        previous = step.scale, here.tolist()
+
+
+def test_mask_is_full_within_a_block_and_causal_between():
+    layout = Layout.make((1, 2, 4), 2)
+    for i, j in itertools.product(range(22), repeat=2):
+        assert layout.mask()[i, j] == (layout.block[j] <= layout.block[i]), (i, j)
+    assert layout.block.tolist() == [0] + [1] + [2] * 2 + [3] * 2 + [4] * 8 + [5] * 8
+
+
+# ---------------------------------------------------------------------------------------------------
+# Model (Sec. 3.1, 3.4, Eq. 1)
+
+
+def small_model(sizes, randomize=True, **options):
+    """A small model, by default with every parameter random, so that nothing hides behind a zero."""
+    torch.manual_seed(0)
+    model = Checkerboard(Config(sizes, classes=3, codes=17, width=32, layers=3, heads=2, ffn=48, **options))
+    if randomize:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def random_pyramid(sizes, B=2, V=17):
+    """Codes (B, L), labels (B,) and a codebook (V, C)."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(V, (B, sum(n * n for n in sizes)), generator=generator)
+    return codes, torch.arange(B) % 3, F.normalize(torch.randn(V, 8, generator=generator), dim=-1)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@torch.no_grad()
+def test_no_leak_from_later_blocks(ratio, steps):
+    """Changing a code changes no logit of its own block or an earlier one, bit for bit."""
+    sizes = ckgen.scale_sizes(5, ratio)
+    layout, model = Layout.make(sizes, steps), small_model(sizes)
+    codes, labels, codebook = random_pyramid(sizes)
+    logits = model(codebook[codes], labels, layout)
+    for step, token in [(step, token) for step in layout.steps for token in (step.start, step.end - 1)]:
+        changed, location = codes.clone(), layout.here[token]
+        changed[:, location] = (changed[:, location] + 1) % 17
+        difference = (model(codebook[changed], labels, layout) - logits).abs().amax((0, 2))  # (L,)
+        assert not difference[:step.end - 1].any(), f"{step} leaks into {difference.nonzero().flatten()}"
+        if token == step.start and step is not layout.steps[-1]:
+            assert difference[step.end - 1:].any(), f"{step} reaches nothing"
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_gradient_to_later_codes_is_zero(ratio, steps):
+    sizes = ckgen.scale_sizes(4, ratio)
+    layout, model = Layout.make(sizes, steps), small_model(sizes)
+    codes, labels, codebook = random_pyramid(sizes)
+    latents = codebook[codes].requires_grad_()
+    logits = model(latents, labels, layout)
+    for step in layout.steps:
+        loss = F.cross_entropy(logits[:, step.start - 1:step.end - 1].flatten(0, 1),
+                               codes[:, layout.here[step.start:step.end]].flatten())
+        gradient, = torch.autograd.grad(loss, latents, retain_graph=True)
+        later = layout.here[step.start:]
+        assert not gradient[:, later].any(), f"{step}: {gradient[:, later].abs().amax((0, 2))}"
+        earlier = layout.here[1:step.start]
+        assert step is layout.steps[0] or gradient[:, earlier].any(), step
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("mixing_layers", [0, 2, 3])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+@torch.no_grad()
+def test_parallel_equals_cached(ratio, mixing_layers, cfg, monkeypatch):
+    """One pass over the sampled codes gives the sampler's own logits, step by step."""
+    sizes = ckgen.scale_sizes(5, ratio)
+    layout, model = Layout.make(sizes, 3), small_model(sizes, mixing_layers=mixing_layers)
+    _, labels, codebook = random_pyramid(sizes)
+    seen = []
+    draw = ckgen.draw
+    monkeypatch.setattr(ckgen, "draw", lambda logits, *rest: (seen.append(logits), draw(logits, *rest))[1])
+    codes, entropy = ckgen.sample(model, codebook, labels, layout, cfg, cfg_start=2)
+    cond = model(codebook[codes], labels, layout)
+    uncond = model(codebook[codes], torch.full_like(labels, 3), layout)
+    for t, step in enumerate(layout.steps):
+        at = slice(step.start - 1, step.end - 1)
+        expected = cond[:, at] + (cfg * (cond[:, at] - uncond[:, at]) if t >= 2 else 0)
+        torch.testing.assert_close(seen[t], expected, rtol=1e-4, atol=1e-4)
+        p = expected.softmax(-1)
+        torch.testing.assert_close(entropy[:, layout.here[step.start:step.end]],
+                                   -(p * p.log()).sum(-1), rtol=1e-3, atol=1e-3)
+    assert len(seen) == len(layout.steps)
+
+
+def test_guidance_starts_at_its_step():
+    sizes = (1, 2, 4, 8)
+    layout, model = Layout.make(sizes, 4), small_model(sizes)
+    labels, codebook = torch.arange(3), random_pyramid(sizes)[2]
+
+    def draw(cfg, **options):
+        return ckgen.sample(model, codebook, labels, layout, cfg, generator=torch.Generator().manual_seed(5),
+                            **options)[0][:, layout.here[1:]]
+
+    unguided, guided = draw(0.0), draw(2.0)                  # the default start is step 5: from 4x4 on
+    assert layout.steps[5].scale == 2
+    begin = layout.steps[5].start - 1
+    assert torch.equal(guided[:, :begin], unguided[:, :begin])
+    assert not torch.equal(guided[:, begin:], unguided[:, begin:])
+    assert torch.equal(draw(2.0, cfg_start=len(layout.steps)), unguided)
+
+
+def test_temperature_zero_is_argmax_and_draws_follow_the_softmax():
+    logits = torch.tensor([[[0.0, 1.0, -1.0]]])
+    assert ckgen.draw(logits, 0).item() == 1
+    draws = ckgen.draw(logits.expand(1, 20000, 3), 0.5, torch.Generator().manual_seed(0))
+    shares = torch.bincount(draws.flatten(), minlength=3) / 20000
+    torch.testing.assert_close(shares, (logits[0, 0] / 0.5).softmax(-1), atol=0.015, rtol=0)
+
+
+def test_initialisation():
+    sizes = (1, 2, 4, 8)
+    model, layout = small_model(sizes, randomize=False), Layout.make(sizes, 4)
+    codes, labels, codebook = random_pyramid(sizes)
+    loss, by_scale = ckgen.loss_by_scale(model(codebook[codes], labels, layout), codes, layout)
+    assert abs(loss.item() / math.log(17) - 1) < 0.02, loss
+    for layer in model.layers:
+        for norm in (layer.attn_norm, layer.ffn_norm):       # AdaLN starts as the plain norm
+            shift, scale = norm.modulation(torch.randn(2, 32))
+            assert not shift.any() and (scale == 1).all()
+        for name, matrix in layer.named_parameters():
+            if matrix.ndim == 2 and "shift_scale" not in name:
+                assert 0.015 < matrix.std() < 0.025, (name, matrix.std())
+    x = torch.randn(1, 2, 1 + 85, 16)
+    queries, keys = model.rotary(layout)                     # RoPE starts as a rotation
+    torch.testing.assert_close(ckgen.rotate(x, queries).norm(dim=-1), x.norm(dim=-1))
+    assert len(keys) == 3 and torch.equal(keys[2], queries)
+    assert len(torch.unique(queries[1:], dim=0)) == 85       # and tells every cell from every other
+
+
+def test_loss_is_the_flat_mean():
+    sizes = (1, 2, 4)
+    layout = Layout.make(sizes, 2)
+    codes = random_pyramid(sizes)[0]
+    logits = torch.randn(2, 21, 17)
+    loss, by_scale = ckgen.loss_by_scale(logits, codes, layout)
+    expected = F.cross_entropy(logits.flatten(0, 1), codes[:, layout.here[1:]].flatten())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, (by_scale * torch.tensor([1.0, 4.0, 16.0])).sum() / 21)
+
+
+@torch.no_grad()
+def test_replaced_codes_touch_only_z_up():
+    """With noise everywhere in a scale, its own logits stay and those of the next scale change."""
+    sizes = (1, 2, 4)
+    layout, model = Layout.make(sizes, 2), small_model(sizes)
+    codes, labels, codebook = random_pyramid(sizes)
+    noisy = codes.clone()
+    at = ckgen.scale_slices(sizes)
+    noisy[:, at[1]] = (noisy[:, at[1]] + 5) % 17
+    clean = model(codebook[codes], labels, layout)
+    changed = (model(codebook[codes], labels, layout, codebook[noisy]) - clean).abs().amax((0, 2))
+    assert not changed[:at[2].start].any() and changed[at[2]].all(), changed
+    share = (train_tiny.replace_codes(torch.zeros(100, 100, dtype=torch.long), 0.1, 17,
+                                      torch.Generator().manual_seed(0)) != 0).float().mean()
+    assert abs(share - 0.1 * 16 / 17) < 0.01, share
+
+
+@torch.no_grad()
+def test_z_up_comes_from_the_scale_before_and_has_unit_length():
+    sizes = (1, 3, 4)
+    latents = F.normalize(torch.randn(2, 26, 8), dim=-1)
+    z_up = ckgen.upsample_pyramid(latents, sizes)
+    at = ckgen.scale_slices(sizes)
+    assert not z_up[:, at[0]].any()
+    torch.testing.assert_close(z_up[:, at[1]], latents[:, :1].expand(-1, 9, -1))
+    torch.testing.assert_close(z_up[:, at[2]], ckgen.upsample(latents[:, at[1]], 4))
+    torch.testing.assert_close(z_up[:, 1:].norm(dim=-1), torch.ones(2, 25))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokenizer and pictures (Sec. 3.3, Fig. 1)
+
+
+@torch.no_grad()
+def test_every_scale_is_encoded_from_the_image_by_itself():
+    torch.manual_seed(0)
+    tokenizer, sizes = Tokenizer(TokenizerConfig(codes=32)), (1, 2, 4)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    codes = tokenizer.encode_pyramid(images, sizes)
+    for n, at in zip(sizes, ckgen.scale_slices(sizes)):
+        alone = F.interpolate(images, (4 * n, 4 * n), mode="bilinear")
+        assert torch.equal(codes[:, at], tokenizer.quantize(tokenizer.encode(alone)).flatten(1))
+        assert tokenizer.decode_codes(codes[:, at]).shape == (3, 3, 4 * n, 4 * n)
+    latents = tokenizer.encode(images)                       # nearest = smallest distance
+    distances = torch.cdist(latents.permute(0, 2, 3, 1).flatten(1, 2), tokenizer.codebook()[None])
+    assert torch.equal(distances.argmin(-1).view(3, 4, 4), tokenizer.quantize(latents))
+    torch.testing.assert_close(latents.norm(dim=1), torch.ones(3, 4, 4))
+
+
+@torch.no_grad()
+def test_progress_frames_show_only_what_was_sampled():
+    torch.manual_seed(0)
+    tokenizer, layout = Tokenizer(TokenizerConfig(codes=32)), Layout.make((1, 2, 4), 4)
+    codes = torch.randint(32, (2, 21))
+    frames = ckgen.progress_frames(tokenizer, codes, layout)
+    assert len(frames) == len(layout.steps) == 9
+    assert np.array_equal(frames[-1], ckgen.decode_scale(tokenizer, codes, layout.sizes))
+    for frame, (scale, start, end) in zip(frames, layout.steps):
+        shown = (frame != 127).any(-1).mean()
+        n = layout.sizes[scale]
+        assert abs(shown - (end - (1, 2, 6)[scale]) / n ** 2) < 0.02, (scale, start, shown)
+        later = codes.clone()
+        later[:, layout.here[end:]] = 0
+        assert np.array_equal(frame, ckgen.progress_frames(tokenizer, later, layout)[
+            layout.steps.index((scale, start, end))])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_overfits_a_handful_of_images_and_gives_them_back():
+    images, labels = train_tiny.draw_shapes(4, 16, seed=0)
+    torch.manual_seed(0)
+    sizes, tokenizer = (1, 2, 4), Tokenizer(TokenizerConfig(codes=64))
+    codes = tokenizer.encode_pyramid(train_tiny.as_input(images), sizes)
+    codebook, recipe = tokenizer.codebook().detach(), train_tiny.RECIPES["tiny"]
+    model = Checkerboard(Config(sizes, classes=4, codes=64, width=64, layers=2, heads=4, ffn=96))
+    optimizers = train_tiny.make_optimizers(model, replace(recipe, lr=3e-3, muon_lr=0.02))
+    layouts = train_tiny.training_layouts(sizes, "cpu")
+    for step in range(240):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * (1 - step / 240) if optimizer is optimizers[0] else 0.02 * (1 - step / 240)
+        loss, _ = train_tiny.training_loss(model, codebook, codes, labels, layouts, 0.0,
+                                           train_tiny.seeded(0, 2, step))
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for steps in (1, 2, 4):
+        layout = Layout.make(sizes, steps)
+        loss = ckgen.loss_by_scale(model(codebook[codes], labels, layout), codes, layout)[0].item()
+        drawn = ckgen.sample(model, codebook, labels, layout, temperature=0)[0]
+        assert loss < 0.05 and torch.equal(drawn, codes), (steps, loss, (drawn != codes).sum())
+
+
+def test_training_draws_P_and_drops_labels():
+    """Every power of two up to the side of the map is drawn, and a tenth of the labels is dropped."""
+    seen = []
+
+    class Spy:
+        config = Config((1, 2, 4), classes=3, codes=17)
+
+        def __call__(self, latents, labels, layout, noisy):
+            seen.append((layout, labels))
+            return torch.zeros(len(labels), 21, 17)
+
+    codes, labels, codebook = random_pyramid((1, 2, 4), B=64)
+    layouts = train_tiny.training_layouts((1, 2, 4), "cpu")
+    for step in range(60):
+        train_tiny.training_loss(Spy(), codebook, codes, labels, layouts, 0.0, train_tiny.seeded(0, 2, step))
+    assert {len(layout.steps) for layout, _ in seen} == {3, 1 + 2 + 2, 1 + 4 + 4}
+    dropped = torch.stack([given == 3 for _, given in seen]).float().mean().item()
+    assert abs(dropped - 0.1) < 0.02, dropped
+    kept = torch.stack([(given == labels) | (given == 3) for _, given in seen])
+    assert kept.all()
+
+
+@torch.no_grad()
+def test_codebook_follows_its_latents_and_revives_unused_codes():
+    torch.manual_seed(0)
+    generator, tokenizer = torch.Generator().manual_seed(0), Tokenizer(TokenizerConfig(codes=16))
+    centres = F.normalize(torch.randn(8, 8), dim=-1)
+    near = F.normalize(centres + 0.2 * torch.randn(8, 8), dim=-1)
+    tokenizer.codebook_weight.copy_(torch.cat([near, -centres]))         # eight good codes, eight lost
+    for _ in range(600):
+        latents = F.normalize(centres.repeat(8, 1) + 0.02 * torch.randn(64, 8), dim=-1)
+        codes = (latents @ tokenizer.codebook().T).argmax(-1)
+        train_tiny.update_codebook(tokenizer, latents, codes, generator)
+    closest = (tokenizer.codebook() @ centres.T).amax(-1)
+    assert closest.min() > 0.99, closest
+    assert (centres @ tokenizer.codebook().T).amax(-1).min() > 0.99
+    train_tiny.start_codebook(tokenizer, latents, generator)             # k-means finds them as well
+    assert (latents @ tokenizer.codebook().T).amax(-1).mean() > 0.99
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    """train_tiny.main at a size that takes a second, on 64 toy images."""
+    draw = train_tiny.draw_shapes
+    recipe = replace(train_tiny.RECIPES["tiny"], width=32, layers=2, heads=2, ffn=48, image_size=16,
+                     tokenizer_iters=12, tokenizer_codes=16, iters=12, batch_size=4)
+    monkeypatch.setitem(train_tiny.RECIPES, "tiny", recipe)
+    monkeypatch.setattr(train_tiny, "toy_data", lambda size: train_tiny.Data(
+        *draw(64, size, 0), *draw(16, size, 1), train_tiny.SHAPES))
+    return lambda *arguments: train_tiny.main(["--device", "cpu", *map(str, arguments)])
+
+
+def weights(folder):
+    state = ckgen.read_checkpoint(os.path.join(folder, "checkpoint.pt"))
+    return {f"{part}.{key}": value for part in ("tokenizer", "model") for key, value in state[part].items()}
+
+
+@pytest.mark.parametrize("stop", [3, 9, 13, 19, 23])
+def test_resume_equals_uninterrupted(miniature, tmp_path, monkeypatch, capsys, stop):
+    """Stopped at any step of either stage, with or without a checkpoint just written, a run ends with
+    the same weights, the same pictures and the same log."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    miniature("--out", whole)
+    steps, watch = itertools.count(), train_tiny.Run.watch
+
+    def interrupt(run, stage, step, iters, loss, bar):
+        if (count := next(steps)) == stop:
+            raise KeyboardInterrupt
+        return watch(run, stage, step, iters, loss, bar) or count % 4 == 0
+
+    monkeypatch.setattr(train_tiny.Run, "watch", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        miniature("--out", broken)
+    assert stopped.value.code == 130
+    monkeypatch.setattr(train_tiny.Run, "watch", watch)
+    miniature("--out", broken)
+    assert "going on" in capsys.readouterr().out
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(broken)[key]), key
+    for name in ("samples.png", "progress.gif", "pyramid.png", "codes.npy"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    rows = [[{key: row[key] for key in row if key != "tokens_per_s"} for row in csv.DictReader(open(run / "log.csv"))]
+            for run in (whole, broken)]
+    assert rows[0] == rows[1] and len(rows[0]) == 12
+
+
+def test_same_seed_same_weights_and_another_seed_others(miniature, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        miniature("--out", tmp_path / name, "--seed", seed)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_used_folders(miniature, tmp_path, capsys):
+    out = tmp_path / "run"
+    miniature("--out", out)
+    before = (out / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    miniature("--out", out)                                  # finished: says where the pictures are
+    said = capsys.readouterr().out
+    assert "finished" in said and str(out / "samples.png") in said
+    with pytest.raises(SystemExit) as refused:
+        miniature("--out", out, "--seed", 7)
+    assert refused.value.code == 2 and "--seed 0, not 7" in capsys.readouterr().err
+    assert (out / "checkpoint.pt").read_bytes() == before
+    miniature("--out", out, "--seed", 7, "--overwrite")
+    assert ckgen.read_checkpoint(out / "checkpoint.pt")["options"]["seed"] == 7
+
+
+def test_a_loss_that_is_no_number_stops_the_run(miniature, tmp_path, monkeypatch):
+    loss = train_tiny.training_loss
+    monkeypatch.setattr(train_tiny, "training_loss", lambda *rest: [x * float("nan") for x in loss(*rest)])
+    with pytest.raises(SystemExit) as stopped:
+        miniature("--out", tmp_path / "run")
+    assert re.search(r"transformer is nan at step 0.*checkpoint\.pt.*'tokenizer': 12", stopped.value.code)
+    assert "model" not in ckgen.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        ckgen.write_whole(path, fail)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures of one's own
+
+
+def test_reads_whatever_pillow_opens(tmp_path):
+    colour = Image.new("RGB", (40, 20), (200, 30, 60))
+    colour.paste((0, 0, 250), (0, 0, 20, 20))                # left half blue
+    turned = Image.Exif()
+    turned[0x0112] = 6                                       # to be shown turned right by 90 degrees
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    files = {"l.png": Image.new("L", (9, 9), 77), "p.gif": colour.convert("P"), "rgba.png": clear,
+             "i16.png": Image.fromarray(np.full((8, 8), 77 * 257, np.uint16)), "cmyk.jpg": colour.convert("CMYK")}
+    for name, image in files.items():
+        image.save(tmp_path / name)
+    colour.save(tmp_path / "turned.png", exif=turned)
+    read = {name: train_tiny.read_image(tmp_path / name, 8) for name in [*files, "turned.png"]}
+    assert all(image.shape == (3, 8, 8) and image.dtype == torch.uint8 for image in read.values())
+    assert (read["l.png"] == 77).all() and (read["i16.png"] == 77).all() and (read["rgba.png"] == 255).all()
+    assert read["p.gif"][2, :, 0].min() > 200 and read["p.gif"][0, :, 7].min() > 150  # blue left, red right
+    assert read["turned.png"][2, 0].min() > 200 and read["turned.png"][0, 7].min() > 150  # blue on top
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 3 classes with 40 pictures each."""
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(40):
+            Image.new("RGB", (20, 24), (i, 5 * i, 60 * len(name))).save(tmp_path / f"pictures/{name}/{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_folder_data(pictures, capsys):
+    (pictures / "ant" / ".hidden").write_text("no picture")
+    (pictures / "bee" / "broken.png").write_bytes(b"\x89PNG broken")
+    data = train_tiny.folder_data(str(pictures), 8)
+    assert data.classes == ["ant", "bee", "cat"]
+    assert data.images.shape == (114, 3, 8, 8) and data.held_out.shape == (6, 3, 8, 8)
+    assert torch.bincount(data.held_out_labels).tolist() == [2, 2, 2]
+    assert "broken.png" in capsys.readouterr().err
+    (pictures / "cat" / "broken.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="2 of 122"):
+        train_tiny.folder_data(str(pictures), 8)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The commands
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+def test_the_two_commands(tmp_path, pictures):
+    out = tmp_path / "run"
+    trained = run(os.path.join(HERE, "train_tiny.py"), "--scale", 2, "--steps", 4, "--config", "tiny", "--device",
+                  "cpu", "--data", pictures, "--iters", 10, "--out", out)
+    assert trained.returncode == 0, trained.stderr
+    for name in train_tiny.Run.FILES:
+        assert name == "codes.npy" or str(out / name) in trained.stdout, trained.stdout
+    sampled = run(os.path.join(HERE, "ckgen.py"), out / "checkpoint.pt", "--class", "bee", 0, "--n", 3,
+                  "--steps", 8, "--cfg", 1.5, "--out", tmp_path / "all.npz")
+    assert sampled.returncode == 0, sampled.stderr
+    assert np.load(tmp_path / "all.npz")["arr_0"].shape == (3, 32, 32, 3)
+
+
+def test_evaluation(miniature, tmp_path, monkeypatch, capsys):
+    classifier = train_tiny.train_classifier
+    monkeypatch.setattr(train_tiny, "train_classifier", lambda data, device: classifier(data, device, iters=60))
+    miniature("--out", tmp_path / "run")
+    capsys.readouterr()
+    miniature("--evaluate", tmp_path / "run" / "checkpoint.pt")
+    said = capsys.readouterr().out
+    assert re.search(r"tokenizer: \d+\.\d dB on 16 held-out images, \d+ of 16 codes", said), said
+    for P in (1, 2, 4, 8):
+        assert len(re.search(rf"P = {P} +(.*)", said)[1].split()) == 4, said     # 1x1, 2x2, 4x4, all
+    assert re.search(r"samples +\(1000\): class accuracy \d\.\d+, Frechet \d+\.\d+, two colours", said), said
+    assert re.search(r"held-out real \(16\): class accuracy", said), said
+
+
+def test_frechet_distance_and_two_colours():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20000, 4, generator=generator)
+    assert abs(train_tiny.frechet_distance(a, a)) < 1e-6
+    b = 2 * torch.randn(20000, 4, generator=generator) + 3   # |3|^2 * 4 + (2 - 1)^2 * 4
+    assert abs(train_tiny.frechet_distance(a, b) - 40) < 0.5
+    images = train_tiny.draw_shapes(64, 32, seed=3)[0]
+    assert train_tiny.two_colours(images) == 0
+    halves = torch.cat([images[:32, :, :, :16], images[32:, :, :, 16:]], -1)     # other images' halves
+    assert train_tiny.two_colours(halves) > 0.5
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of an untrained miniature."""
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
+    recipe = replace(train_tiny.RECIPES["tiny"], width=32, layers=1, heads=2, ffn=48, image_size=16)
+    options = {"scale": "2", "seed": 0, "data": "toy", "image_size": 16}
+    state = train_tiny.new_state(recipe, options, ["star", "7", "ring"], 4)
+    state["model"] = Checkerboard(Config(**state["model_config"])).state_dict()
+    state["tokenizer"] = Tokenizer(TokenizerConfig(**state["tokenizer_config"])).state_dict()
+    torch.save(state, path)
+    return path
+
+
+def test_sampling_by_command(checkpoint, tmp_path, capsys):
+    def ask(name, *arguments):
+        ckgen.main([str(checkpoint), "--out", str(tmp_path / name), "--device", "cpu", *map(str, arguments)])
+        return tmp_path / name
+
+    one = Image.open(ask("one.png", "--class", "star", "--n", 1))
+    assert one.size == (16, 16)                              # the image itself
+    assert (ask("again.png", "--class", 0, "--n", 1)).read_bytes() == (tmp_path / "one.png").read_bytes()
+    assert ask("other.png", "--class", 0, "--n", 1, "--seed", 1).read_bytes() != (tmp_path / "one.png").read_bytes()
+    gif = Image.open(ask("steps.gif", "--steps", 2, "--n", 4))
+    assert gif.n_frames <= 5 and gif.format == "GIF"
+    assert np.load(ask("all.npz"))["arr_0"].shape == (24, 16, 16, 3)       # 8 of each class
+    assert np.load(ask("two.npz", "--n", 2))["arr_0"].shape == (2, 16, 16, 3)
+    ask("grid.png", "--class", "star", "ring", "--n", 5)
+    assert "5 images of 2 classes" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ["again.png", "all.npz", "grid.png", "one.png", "other.png",
+                                            "steps.gif", "two.npz"]
+
+
+def test_class_names_come_before_numbers():
+    assert ckgen.pick_classes(["7", "2", "7"], ["star", "7", "ring"]) == [1, 2]
+    assert ckgen.pick_classes([], ["star", "7", "ring"]) == [0, 1, 2]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo executed",)
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["missing.pt"], "no such file"), (["."], "a folder"), (["evil.pt"], "refused"), (["text.pt"], "damaged"),
+    (["short.pt"], "damaged"), (["empty.pt"], "damaged"), (["foreign.pt"], "not a checkpoint of ckgen"),
+    (["early.pt"], "not come to the transformer"),
+    (["ok.pt", "--class", "dog"], "star, 7, ring"), (["ok.pt", "--class", "3"], "0 ... 2"),
+    (["ok.pt", "--n", "0"], "'0' is not a whole number of 1"), (["ok.pt", "--steps", "0"], "'0'"),
+    (["ok.pt", "--steps", "2.5"], "'2.5'"), (["ok.pt", "--cfg", "-1"], "'-1'"), (["ok.pt", "--cfg", "nan"], "nan"),
+    (["ok.pt", "--temperature", "-0.1"], "-0.1"), (["ok.pt", "--temperature", "inf"], "inf"),
+    (["ok.pt", "--seed", "-1"], "-1"), (["ok.pt", "--device", "toaster"], "toaster"),
+    (["ok.pt", "--out", "x.jpg"], "x.jpg"), (["ok.pt", "--out", "no/x.png"], "no folder no")])
+def test_bad_input_to_the_sampler(checkpoint, tmp_path, monkeypatch, capfd, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    good = checkpoint.read_bytes()
+    state = ckgen.read_checkpoint(checkpoint)
+    (tmp_path / "ok.pt").write_bytes(good)
+    (tmp_path / "short.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_bytes(b"this is no checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    torch.save({key: value for key, value in state.items() if key != "model"}, tmp_path / "early.pt")
+    torch.save({"format": ckgen.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
+    refuse(ckgen.main, arguments, complaint, tmp_path, capfd)
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--steps", "0"], "'0'"), (["--iters", "0"], "'0'"), (["--batch-size", "-2"], "'-2'"), (["--lr", "0"], "'0'"),
+    (["--lr", "nan"], "nan"), (["--scale", "5"], "5"), (["--config", "XL"], "XL"), (["--image-size", "30"], "30"),
+    (["--seed", "x"], "'x'"), (["--device", "toaster"], "toaster"), (["--data", "missing"], "no such folder"),
+    (["--data", "empty"], "no class folders"), (["--data", "hollow"], "no picture in its class folder b"),
+    (["--out", "hollow"], "not empty"), (["--evaluate", "missing.pt"], "no such file")])
+def test_bad_input_to_training(tmp_path, monkeypatch, capfd, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "hollow/a", "hollow/b"):
+        os.makedirs(folder)
+    Image.new("RGB", (8, 8)).save("hollow/a/1.png")
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    refuse(train_tiny.main, arguments + device, complaint, tmp_path, capfd)
+
+
+def refuse(main, arguments, complaint, folder, capfd):
+    """main must exit with 2 after one line that holds the complaint, and write nothing."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    said = capfd.readouterr()
+    line = said.err.strip().split("\n")[-1]
+    assert refused.value.code == 2 and "error: " in line and complaint in line, said.err
+    assert "Traceback" not in said.err and "executed" not in said.out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_explains_itself(capsys):
+    ckgen.main([])
+    said = capsys.readouterr().out
+    assert FIGURE_3.strip("\n").split("\n")[0].split() == said.split("\n")[3].split()
+    assert "##" in said and "Fig. 2" in said
