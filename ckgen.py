@@ -2,8 +2,8 @@
 
 Follows David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811), in the paper's order. An image becomes a pyramid of small maps of codes
-(1x1, 2x2, ... NxN). A transformer draws the maps coarse to fine, and each map in a few steps: step i
-draws block b_i, a set of cells spread evenly over the whole map, all of them at once.
+(1x1, 2x2, ... NxN). A transformer draws the maps coarse to fine, and each map in a few steps: step
+i draws block b_i, a set of cells spread evenly over the whole map, all of them at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 3.2                   blocks b_1 ... b_P             split_blocks
@@ -49,16 +49,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Scan order (Sec. 3.2, Algorithm 1). Needs no imports: copy it.
 
 
 def progressive_checkerboard(size):
     """The progressive checkerboard scan order of a size x size grid (Sec. 3.2, Algorithm 1).
 
-    Returns a new list of all cells [(x, y), ...], x the column and y the row, each 0 ... size-1. Any
-    prefix of it is balanced: at every level of the quadtree, the quadrants hold equally many of its
-    cells, give or take one. A size that is no power of two takes the order of the next one,
+    Returns a new list of all cells [(x, y), ...], x the column and y the row, each 0 ... size-1.
+    Any prefix of it is balanced: at every level of the quadtree, the quadrants hold equally many of
+    its cells, give or take one. A size that is no power of two takes the order of the next one,
     restricted to the grid. Raises ValueError when size is not a positive integer.
 
     The rank of a cell has a closed form. Write x and y in binary, most significant bit first; bit
@@ -79,7 +79,7 @@ def progressive_checkerboard(size):
     return [(x, y) for x, y in scan(power_of_two, 0, 0) if x < size and y < size]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Blocks and scales (Sec. 3.2, Fig. 4b). split_blocks needs no imports either.
 
 
@@ -104,8 +104,8 @@ SCALE_RATIOS = {"2": 2.0, "3": 3.0, "4": 4.0, "sqrt2": 2 ** 0.5, "1": None}  # "
 def scale_sizes(grid, ratio):
     """Sides of the maps, coarse to fine (Fig. 4b): scale_sizes(16, "4") == (1, 4, 16).
 
-    grid is the side of the finest map, ratio a key of SCALE_RATIOS. Divides by the ratio down to 1 in
-    real numbers, then rounds half to even. Raises ValueError for another ratio or a grid < 1.
+    grid is the side of the finest map, ratio a key of SCALE_RATIOS. Divides by the ratio down to 1
+    in real numbers, then rounds half to even. Raises ValueError for another ratio or a grid < 1.
     """
     if grid < 1 or ratio not in SCALE_RATIOS:
         raise ValueError(f"need a grid of 1 or more and a ratio among {', '.join(SCALE_RATIOS)}, "
@@ -116,7 +116,7 @@ def scale_sizes(grid, ratio):
     return tuple(sorted({round(n) for n in sizes}))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. Layout (Fig. 2). Everything about the sequence is fixed by the sizes and P, so it is a table.
 #
 # A location is an index into the flat pyramid: the maps row by row, coarse to fine, 0 ... L-1. Two
@@ -135,7 +135,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The sequence of 1 + L tokens, class token first. Training and sampling read this one table."""
+    """The sequence of 1 + L tokens, class token first. Training and sampling read this table."""
     sizes: tuple          # side n of each scale's map, coarse to fine
     here: torch.Tensor    # (1+L,) location b_i that a token predicts (CLASS for the class token)
     before: torch.Tensor  # (1+L,) location b_{i-1} that it reads (EMPTY in a scale's first block)
@@ -171,7 +171,7 @@ def scale_slices(sizes):
     return [slice(end - n * n, end) for n, end in zip(sizes, ends)]
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. Tokenizer (Sec. 3.3): images to codes and back.
 
 
@@ -199,8 +199,8 @@ class ResidualBlock(nn.Module):
 class Tokenizer(nn.Module):
     """A vector-quantised autoencoder with an l2-normalised codebook (Sec. 3.3).
 
-    Each scale is encoded separately from the RGB image, so each scale decodes to a picture by itself.
-    Images are (B, 3, h, w) in [-1, 1]; latents (B, C, n, n) have unit length over C.
+    Each scale is encoded separately from the RGB image, so each scale decodes to a picture by
+    itself. Images are (B, 3, h, w) in [-1, 1]; latents (B, C, n, n) have unit length over C.
     """
 
     def __init__(self, config):
@@ -212,7 +212,7 @@ class Tokenizer(nn.Module):
                                      nn.SiLU())
         self.to_latent = nn.Conv2d(width, config.code_dim, 1)
         self.from_latent = nn.Conv2d(config.code_dim, width, 1)
-        self.decoder = nn.Sequential(ResidualBlock(width), ResidualBlock(width), ResidualBlock(width),
+        self.decoder = nn.Sequential(*(ResidualBlock(width) for _ in range(3)),
                                      nn.Conv2d(width, pixels, 1), nn.PixelShuffle(config.stride))
         self.codebook_weight = nn.Parameter(torch.randn(config.codes, config.code_dim))
 
@@ -259,19 +259,19 @@ def as_map(rows):
 
 
 def upsample(latents, n):
-    """z_up (Sec. 3.1): the latents (B, m*m, C) of a map, upsampled to (B, n*n, C), of unit length."""
+    """z_up (Sec. 3.1): latents (B, m*m, C) of a map upsampled to (B, n*n, C), of unit length."""
     up = F.interpolate(as_map(latents), (n, n), mode="bilinear", align_corners=False)
     return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
 
 
 def upsample_pyramid(latents, sizes):
-    """z_up of every scale at once: (B, L, C) from the latents (B, L, C); zero for the first scale."""
+    """z_up of every scale: (B, L, C) from the latents (B, L, C); zero for the first scale."""
     at = scale_slices(sizes)
     coarser = [upsample(latents[:, at[k]], sizes[k + 1]) for k in range(len(sizes) - 1)]
     return torch.cat([torch.zeros_like(latents[:, at[0]]), *coarser], 1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 5. Transformer (Sec. 3.1, 3.3, 3.4).
 
 
@@ -385,7 +385,7 @@ class Layer(nn.Module):
         return x + self.ffn(self.ffn_norm(x, *context.ffn))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 6. Model and loss (Sec. 3.1, Eq. 1).
 
 
@@ -446,11 +446,11 @@ class Checkerboard(nn.Module):
 
         labels are (B,) integers 0 ... classes, where `classes` itself means no class.
         """
-        embedding = self.class_embed(labels)                                # (B, D)
+        e = self.class_embed(labels)                                        # (B, D)
         queries, keys = self.rotary(layout)
-        return embedding[:, None], [
-            LayerContext(layer.attn_norm.modulation(embedding), layer.ffn_norm.modulation(embedding),
-                         queries, layer_keys) for layer, layer_keys in zip(self.layers, keys)]
+        return e[:, None], [
+            LayerContext(layer.attn_norm.modulation(e), layer.ffn_norm.modulation(e), queries, k)
+            for layer, k in zip(self.layers, keys)]
 
     def inputs(self, latents, z_up, layout, start, end):
         """Eq. 1: the input tokens start ... end-1 of the sequence (start > 0), (B, T, D).
@@ -494,17 +494,21 @@ def rope_table(sizes, head_width):
     finest map and at frequencies falling geometrically; 1/8 with the scale. The rows of the class
     and of the empty location have angle zero.
     """
-    pairs, N = head_width // 2, sizes[-1]
+    N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
     y_pairs = pairs - scale_pairs - x_pairs
+
+    def frequencies(count, base):
+        return base ** -(torch.arange(count) / max(1, count))
+
     rows = []
     for k, n in enumerate(sizes):
-        centre = (torch.arange(n) + 0.5) * N / n                            # (n,)
-        fx = centre[:, None] * (N * N) ** -(torch.arange(x_pairs) / x_pairs)
-        fy = centre[:, None] * (N * N) ** -(torch.arange(y_pairs) / max(1, y_pairs))
-        fs = torch.full((n, n, 1), k + 1.0) * torch.pi / 2 * 10 ** -(torch.arange(scale_pairs) / scale_pairs)
-        rows.append(torch.cat([fx.expand(n, n, -1), fy[:, None].expand(n, n, -1), fs], -1).flatten(0, 1))
+        centre = (torch.arange(n)[:, None] + 0.5) * N / n                   # (n, 1)
+        x = (centre * frequencies(x_pairs, N * N)).expand(n, n, -1)         # (n, n, d/2 * 7/16)
+        y = (centre * frequencies(y_pairs, N * N))[:, None].expand(n, n, -1)
+        scale = ((k + 1) * torch.pi / 2 * frequencies(scale_pairs, 10)).expand(n, n, -1)
+        rows.append(torch.cat([x, y, scale], -1).flatten(0, 1))             # (n*n, d/2)
     angles = torch.cat([*rows, torch.zeros(2, pairs)])                      # (L+2, d/2)
     angles = torch.cat([angles, angles], 1)              # element i and i + d/2: one true rotation
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
@@ -520,19 +524,20 @@ def loss_by_scale(logits, codes, layout):
     return losses.mean(), torch.stack([losses[at].mean() for at in scale_slices(layout.sizes)])
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 7. Sampler (Sec. 3.1, 4.1).
 
 
 @torch.no_grad()
-def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None):
+def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
+           return_entropy=False):
     """Draw the codes of one image for each label, block after block: one forward pass a step.
 
     codebook (V, C) unit vectors; labels (B,) in 0 ... classes-1. Guidance (Sec. 4.1) is
     cond + cfg * (cond - uncond), off for the first cfg_start steps. All places of a block are drawn
     independently from softmax(logits / temperature); temperature 0 takes the largest logit. Returns
-    the flat pyramid of codes (B, L) and the entropy in nats of every draw (B, L), at temperature 1
-    (Sec. 4.5).
+    the flat pyramid of codes (B, L), on request with the entropies (B, L) of Sec. 4.5: in nats, of
+    the softmax that each code was drawn from, guided but at temperature 1.
     """
     B, L, device = len(labels), model.config.length, labels.device
     if cfg > 0:  # the batch twice over: with the class, and without
@@ -546,7 +551,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     at = scale_slices(layout.sizes)
 
     for t, (scale, start, end) in enumerate(layout.steps):
-        if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before has just been filled
+        if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before is now complete
             z_up[:, at[scale]] = upsample(latents[:, at[scale - 1]], layout.sizes[scale])
         x = model.inputs(latents, z_up, layout, start, end)
         x = x.repeat(len(labels) // B, 1, 1)
@@ -561,16 +566,18 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         drawn = draw(logits, temperature, generator)                        # (B, T)
         here = layout.here[start:end]
         codes[:, here], latents[:, here] = drawn, codebook[drawn]
-        entropy[:, here] = torch.special.entr(logits.float().softmax(-1)).sum(-1)
-    return codes, entropy
+        if return_entropy:
+            log_p = logits.float().log_softmax(-1)
+            entropy[:, here] = -(log_p.exp() * log_p).sum(-1)
+    return (codes, entropy) if return_entropy else codes
 
 
 def draw(logits, temperature, generator=None):
     """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+    p = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
 
 
 def generate(model, tokenizer, labels, layout, seed=0, batch_size=64, **guidance):
@@ -581,11 +588,11 @@ def generate(model, tokenizer, labels, layout, seed=0, batch_size=64, **guidance
     generator = torch.Generator(labels.device).manual_seed(seed)
     batches = tqdm(labels.split(batch_size), desc="sampling", unit="batch", leave=False)
     codebook = tokenizer.codebook().detach()
-    return torch.cat([sample(model, codebook, batch, layout, generator=generator, **guidance)[0]
+    return torch.cat([sample(model, codebook, batch, layout, generator=generator, **guidance)
                       for batch in batches])
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 8. Pictures (Fig. 1).
 
 
@@ -617,7 +624,8 @@ def progress_frames(tokenizer, codes, layout):
         drawn[layout.here[1:end]] = True
         known = torch.where(drawn[cells, None], latents[:, cells], z_up[:, cells])
         picture = F.interpolate(tokenizer.decode(as_map(known)).clamp(-1, 1), (side, side))
-        frames.append(to_uint8(picture * F.interpolate(drawn[cells].float().view(1, 1, n, n), (side, side))))
+        shown = F.interpolate(drawn[cells].float().view(1, 1, n, n), (side, side))
+        frames.append(to_uint8(picture * shown))                            # 0 is grey
     return frames
 
 
@@ -631,8 +639,8 @@ def picture_grid(rows, names=()):
     height, width = height * zoom, width * zoom
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = max((int(pen.textlength(name, font_size=14)) + gap for name in names), default=0)
-    grid = Image.new("RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap),
-                     "white")
+    size = margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap
+    grid = Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
@@ -662,7 +670,7 @@ def write_whole(path, save):
         raise
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 9. Checkpoints.
 
 FORMAT = "ckgen 1"
@@ -702,8 +710,8 @@ def load(path, device="cpu"):
     """Load a Checkpoint for sampling. Raises ValueError, in one line, when the file is not one."""
     state = read_checkpoint(path)
     if "model" not in state:
-        raise ValueError(f"{path}: its training has not come to the transformer yet; the command that "
-                         f"started it continues it")
+        raise ValueError(f"{path}: its training has not come to the transformer yet; the command "
+                         f"that started it continues it")
     model = Checkerboard(Config(**state["model_config"]))
     model.load_state_dict(state["model"])
     tokenizer = Tokenizer(TokenizerConfig(**state["tokenizer_config"]))
@@ -712,7 +720,7 @@ def load(path, device="cpu"):
                       state["defaults"])
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 10. Command line.
 
 
@@ -742,33 +750,34 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError):  # what a CPU build of torch raises for cuda
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: not to be had here; known are cpu, cuda, cuda:1 ..., mps")
+        raise ValueError(f"--device {name}: not to be had here; known are cpu, cuda, cuda:1, mps")
     return device
 
 
 def pick_classes(wanted, classes):
-    """Class numbers for names or numbers; all when none are wanted. Raises ValueError if unknown."""
-    numbers = {**{str(i): i for i in range(len(classes))}, **{name: i for i, name in enumerate(classes)}}
+    """Class numbers for names or numbers, all for none. Raises ValueError for an unknown one."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}  # a name comes first
     for name in wanted:
         if name not in numbers:
             known = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
-            raise ValueError(f"--class {name}: unknown; known are {known}, or 0 ... {len(classes) - 1}")
+            raise ValueError(f"--class {name}: unknown; known: {known} (0 to {len(classes) - 1})")
     return list(dict.fromkeys(numbers[name] for name in wanted)) or list(range(len(classes)))
 
 
 def explain():
     """Print the scan order (Fig. 3), the layout of a small pyramid and its mask (Fig. 2)."""
     rank = {cell: i + 1 for i, cell in enumerate(progressive_checkerboard(8))}
-    print("Scan order of an 8x8 grid (Sec. 3.2, Fig. 3): cell 1 is sampled first. With P = 8 steps,\n"
-          "step 1 takes cells 1-8, step 2 cells 9-16, and so on.\n")
+    print("Scan order of an 8x8 grid (Sec. 3.2, Fig. 3): cell 1 is sampled first. With P = 8\n"
+          "steps, step 1 takes cells 1-8, step 2 cells 9-16, and so on.\n")
     for y in range(8):
         print("  ", *(f"{rank[x, y]:3d}" for x in range(8)))
 
     sizes, P = (1, 2, 4), 4
     layout = Layout.make(sizes, P)
-    print(f"\nLayout of a pyramid of {sizes} maps with P = {P} steps per scale (Sec. 3.1, Fig. 2). A cell is\n"
-          "written x,y. Each token predicts the code of its own cell, from the map before (upsampled) and\n"
-          "from the code of a cell in the block before; - where a scale has no block before.\n")
+    print(f"\nLayout of a pyramid with maps of side {sizes}, P = {P} steps per scale (Sec. 3.1,\n"
+          "Fig. 2). A cell is written x,y. A token predicts the code of its own cell from the map\n"
+          "before, upsampled, and from the code of a cell in the block before (- for none).\n")
     corner = {n: at.start for n, at in zip(sizes, scale_slices(sizes))}
 
     def cells(locations, n):
@@ -781,35 +790,36 @@ def explain():
         print(f"   {t:4d}  {n}x{n}    {cells(layout.here[start:end], n):19s}  "
               f"{cells(layout.before[start:end], n)}")
 
-    print("\nIts blockwise causal mask (Sec. 3.1, Fig. 2): row attends to column; the class token is\n"
-          "first.\n")
+    print("\nIts blockwise causal mask (Sec. 3.1, Fig. 2): a row's token attends to the columns\n"
+          "marked ##. The class token comes first.\n")
     for row in layout.mask().tolist():
         print("  ", "".join("##" if allowed else " ." for allowed in row))
-    print("\nNext: python train_tiny.py --scale 2 --steps 4, then python ckgen.py CHECKPOINT; see --help.")
+    print("\nNext: python train_tiny.py --scale 2 --steps 4; then python ckgen.py CHECKPOINT")
 
 
 def parse_arguments(arguments):
     """The parser and what it reads off the command line."""
     parser = argparse.ArgumentParser(
-        description="Sample images from a checkpoint. Without arguments: print the paper's Fig. 2 and 3.",
+        description="Sample images from a checkpoint. Without arguments: explain the scan order, "
+                    "the layout and the mask (Fig. 2 and 3 of the paper) as text.",
         epilog="example: python ckgen.py runs/tiny-2x-toy/checkpoint.pt --class star ring --n 16")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a checkpoint.pt written by train_tiny.py")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
         help="classes by name or number, which take turns (default: all)")
     add("--n", type=at_least(int, 1), help="images in all (default: 8 of each class)")
-    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale, whatever the model was "
-        "trained with: more is slower and better (default: the checkpoint's)")
+    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale, any number whatever "
+        "the training used: fewer is faster (default: the checkpoint's)")
     add("--cfg", type=at_least(float, 0), metavar="W", help="guidance, logits = cond + W (cond - "
         "uncond): 0 is off, W is the usual cfg scale minus 1 (default: the checkpoint's)")
     add("--cfg-start", type=at_least(int, 0), default=5, metavar="STEP",
         help="first steps without guidance, counted over all scales (default: 5)")
-    add("--temperature", type=at_least(float, 0), metavar="T", help="divides the logits; 0 takes the "
-        "likeliest code (default: the checkpoint's)")
+    add("--temperature", type=at_least(float, 0), metavar="T", help="divides the logits; 0 takes "
+        "the likeliest code (default: the checkpoint's)")
     add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same images")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add("--out", default="samples.png", help=".png: a grid, or the image itself for --n 1; .gif: the "
-        "steps; .npz: uint8 NHWC under arr_0 (default: samples.png)")
+    add("--out", default="samples.png", help=".png: a grid, or the image itself for --n 1; .gif: "
+        "the steps; .npz: uint8 NHWC under arr_0 (default: samples.png)")
     return parser, parser.parse_args(arguments)
 
 

@@ -4,9 +4,9 @@
     python train_tiny.py --data DIR                   # your pictures, one folder per class
     python train_tiny.py --evaluate runs/tiny-2x-toy/checkpoint.pt
 
-Four stages: read or draw the images; train a small VQ tokenizer on them (Sec. 3.3); code every image
-once; train the transformer on the codes (Sec. 3.1). Everything goes to runs/<name>/. Stop it whenever
-you like: the same command goes on from the last checkpoint, and ends with the same weights.
+Four stages: read or draw the images; train a small VQ tokenizer on them (Sec. 3.3); code every
+image once; train the transformer on the codes (Sec. 3.1). Everything goes to runs/<name>/. Stop it
+whenever you like: the same command goes on from the last checkpoint and ends with the same weights.
 
 Every random draw of step t comes from a generator seeded with (--seed, stage, t). So a checkpoint
 needs no state of any generator, and a run that was stopped is the run that was not.
@@ -35,7 +35,7 @@ from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, at_l
 
 CHECKPOINT_SECONDS = 60
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Recipes.
 
 
@@ -77,8 +77,8 @@ def learning_rate(recipe, step, iters):
     """The factor on the learning rate at a step.
 
     tiny: 20 steps of warm-up, then linearly down to zero. S and L (Sec. 4.1): constant after a
-    warm-up, then two drops, by 10 ** 0.5 each, over the last 10 of 110 epochs. The paper's one epoch
-    of warm-up becomes a hundredth of the run.
+    warm-up of a hundredth of the run (one epoch in the author's code), then two drops, by 10 ** 0.5
+    each, over the last 10 of 110 epochs.
     """
     if recipe.muon_lr:
         return min(1.0, (step + 1) / 20) * (1 - step / iters)
@@ -91,7 +91,7 @@ def seeded(seed, stage, step):
     return torch.Generator().manual_seed((seed * 16 + stage) * 1_000_000_007 + step)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Data: (n, 3, S, S) uint8 images and (n,) labels.
 
 
@@ -127,7 +127,7 @@ def distance(shape, x, y):
         return box(x, y, 0.75, 0.75)
     if shape == "triangle":
         return torch.maximum(y - 0.6, (x.abs() * 3 ** 0.5 - y) / 2 - 0.5)
-    if shape == "star":      # fold the five points into one, then the line from its tip to the notch
+    if shape == "star":      # fold the five points into one: a line from tip to notch
         angle = (torch.atan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5
         notch_x, notch_y = 0.42 * math.sin(math.pi / 5), 0.42 * math.cos(math.pi / 5)
         across, along = r * angle.sin().abs(), r * angle.cos()
@@ -161,8 +161,8 @@ def draw_shapes(n, size, seed):
     for label, shape in enumerate(SHAPES):
         at = slice(label, None, len(SHAPES))
         cover[at, 0] = (0.5 - distance(shape, x[at], y[at]) * radius[at] * size).clamp(0, 1)
-    images = COLOURS[colour][..., None, None] * cover + GROUNDS[ground][..., None, None] * (1 - cover)
-    return images.round().byte(), labels
+    colour, ground = COLOURS[colour][..., None, None], GROUNDS[ground][..., None, None]
+    return (colour * cover + ground * (1 - cover)).round().byte(), labels
 
 
 def toy_data(image_size, n=24000, held_out=2000):
@@ -207,15 +207,15 @@ def folder_data(folder, image_size):
     for label in set(range(len(classes))) - set(labels):
         raise ValueError(f"--data {folder}: no picture in its class folder {classes[label]}")
     if len(bad) > 0.01 * len(files):
-        raise ValueError(f"--data {folder}: {len(bad)} of {len(files)} files cannot be read, more than "
-                         f"1 %; the first is {bad[0]}")
+        raise ValueError(f"--data {folder}: {len(bad)} of {len(files)} files cannot be read, more "
+                         f"than 1 %; the first is {bad[0]}")
     images, labels = torch.stack(images), torch.tensor(labels)
     share = min(0.05, 2000 / len(labels))
     out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(classes)):
         members = (labels == label).nonzero().flatten()
-        shuffled = members[torch.randperm(len(members), generator=torch.Generator().manual_seed(label))]
-        out[shuffled[:int(share * len(members))]] = True
+        shuffle = torch.randperm(len(members), generator=torch.Generator().manual_seed(label))
+        out[members[shuffle[:int(share * len(members))]]] = True
     return Data(images[~out], labels[~out], images[out], labels[out], classes)
 
 
@@ -224,12 +224,18 @@ def as_input(images, device="cpu"):
     return images.to(device).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------
+def as_images(pictures):
+    """A numpy array (n, h, w, 3) to a tensor (n, 3, h, w)."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------
 # 3. The tokenizer's training (Sec. 3.3).
 
 
 def kmeans(points, k, generator, rounds=10):
     """k unit vectors (k, C) at the centres of unit points (n, C)."""
+    points = points.repeat(-(-k // len(points)), 1)  # there may be fewer points than centres
     centres = points[torch.randperm(len(points), generator=generator)[:k]]
     for _ in range(rounds):
         nearest = (points @ centres.T).argmax(-1)
@@ -252,8 +258,8 @@ def start_codebook(tokenizer, latents, generator):
 def update_codebook(tokenizer, latents, codes, generator, decay=0.99):
     """Move each code to the moving average of the latents (n, C) whose codes (n,) it is.
 
-    The weight holds moving sums; Tokenizer.codebook() makes unit vectors of them. Their length tells
-    how much a code is used: one that falls out of use starts again where a latent is.
+    The weight holds moving sums; Tokenizer.codebook() makes unit vectors of them. Their length
+    tells how much a code is used: one that falls out of use starts again where a latent is.
     """
     sums = tokenizer.codebook_weight                                        # (V, C)
     sums.mul_(decay).index_add_(0, codes, latents, alpha=1 - decay)
@@ -283,8 +289,8 @@ def tokenizer_loss(tokenizer, images, quantized, generator):
 def train_tokenizer(run, data, recipe, sizes, device):
     """Train the tokenizer of a run, from its last checkpoint on.
 
-    Each step takes a batch at full size, and again at one random scale, since every scale is encoded
-    by itself. The first 15 % train a plain autoencoder; the codebook then starts from its latents.
+    Each step takes a batch at full size, and again at one random scale, since every scale is
+    encoded by itself. The first 15 % train a plain autoencoder, where the codebook then starts.
     """
     iters, seed = recipe.tokenizer_iters, run.state["options"]["seed"]
     torch.manual_seed(seed)
@@ -303,40 +309,47 @@ def train_tokenizer(run, data, recipe, sizes, device):
             start_codebook(tokenizer, torch.cat(latents), generator)
         some = torch.randint(len(data.images), (recipe.tokenizer_batch,), generator=generator)
         images = as_input(data.images[some], device)
-        smaller = tokenizer.resize(images, sizes[torch.randint(len(sizes), (), generator=generator)])
+        n = sizes[torch.randint(len(sizes), (), generator=generator)]
+        smaller = tokenizer.resize(images, n)
         loss = (tokenizer_loss(tokenizer, images, step >= plain, generator)
                 + 0.25 * tokenizer_loss(tokenizer, smaller, step >= plain, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if run.watch("tokenizer", step, iters, loss, bar):
-            run.save("tokenizer", step + 1, tokenizer, [optimizer])
+            run.save("tokenizer", step + 1, iters, tokenizer, [optimizer])
     return tokenizer.eval()
 
 
 @torch.no_grad()
 def encode_all(tokenizer, images, sizes, device, mirror=False):
     """Codes of all images, (n, 1, L) or, with their mirror images, (n, 2, L); numpy uint16."""
-    batches = tqdm(images.split(128), desc="coding images", unit="batch")
-    codes = []
-    for batch in batches:
-        batch = as_input(batch, device)
-        views = [batch, batch.flip(-1)] if mirror else [batch]
-        codes.append(torch.stack([tokenizer.encode_pyramid(view, sizes) for view in views], 1).cpu())
-    return torch.cat(codes).numpy().astype(np.uint16)
+    codes = np.zeros((len(images), 2 if mirror else 1, sum(n * n for n in sizes)), np.uint16)
+    for start in tqdm(range(0, len(images), 128), desc="coding images", unit="batch"):
+        batch = as_input(images[start:start + 128], device)
+        for view in range(codes.shape[1]):
+            codes[start:start + 128, view] = tokenizer.encode_pyramid(batch, sizes).cpu()
+            batch = batch.flip(-1)
+    return codes
+
+
+def held_out_codes(tokenizer, data, sizes, device, most=None):
+    """Codes (m, L) and labels (m,) of held-out images, at most so many of them."""
+    codes = encode_all(tokenizer, data.held_out[:most], sizes, device)
+    return torch.from_numpy(codes[:, 0].astype(np.int64)), data.held_out_labels[:most]
 
 
 def code_images(run, tokenizer, data, sizes, device):
-    """codes.npy of a run: the codes (n, views, L) of its images. Pictures, but not the toy shapes, are
-    seen mirrored too."""
-    path = run.path("codes.npy")
+    """codes.npy of a run: the codes (n, views, L) of its images. Pictures of one's own are seen
+    mirrored too, toy shapes are not."""
+    path, mirror = run.path("codes.npy"), run.state["options"]["data"] != "toy"
     if not os.path.exists(path):
-        codes = encode_all(tokenizer, data.images, sizes, device, run.state["options"]["data"] != "toy")
+        codes = encode_all(tokenizer, data.images, sizes, device, mirror)
         ckgen.write_whole(path, lambda file: np.save(file, codes))
     return np.load(path, mmap_mode="r")
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. A run: its folder, its checkpoint, its log.
 
 
@@ -362,15 +375,16 @@ class Run:
         ckgen.write_whole(self.path("log.csv"), lambda file: file.write(text.getvalue().encode()))
         self.saved = time.monotonic()
 
-    def save(self, stage, step, module, optimizers):
-        """Take over the weights of a stage ("tokenizer" or "model") before this step, and write."""
+    def save(self, stage, step, iters, module, optimizers):
+        """Take over the weights of a stage, "tokenizer" or "model", after so many steps; write."""
         self.state[stage] = module.state_dict()
         self.state["steps"][stage] = step
-        self.state["optimizers"] = {stage: [optimizer.state_dict() for optimizer in optimizers]}
+        self.state["optimizers"] = {} if step == iters else \
+            {stage: [optimizer.state_dict() for optimizer in optimizers]}
         self.write()
 
     def resume(self, stage, module, optimizers):
-        """Put back what the last checkpoint holds of a stage; returns the first step still to do."""
+        """Put back what the last checkpoint holds of a stage; returns the first step to do."""
         if stage in self.state:
             module.load_state_dict(self.state[stage])
         for optimizer, saved in zip(optimizers, self.state["optimizers"].get(stage, [])):
@@ -394,7 +408,7 @@ class Run:
         return due
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 5. The transformer's training (Sec. 3.1, 4.1).
 
 
@@ -411,7 +425,7 @@ def training_layouts(sizes, device):
 
 
 def make_optimizers(model, recipe):
-    """AdamW as in Sec. 4.1 (weight decay 0.01 on matrices) and, for tiny, Muon on the hidden ones."""
+    """AdamW as in Sec. 4.1, weight decay 0.01 on matrices; for tiny, Muon on the hidden ones."""
     def takes_muon(name, p):
         hidden = name.startswith("layers") and "shift_scale" not in name
         return recipe.muon_lr and p.ndim == 2 and (
@@ -434,24 +448,27 @@ def autocast(device):
 
 @torch.no_grad()
 def held_out_loss(model, codebook, codes, labels, layout):
-    """Mean cross entropy over images with codes (n, L): (1 + scales,), of all tokens, then by scale."""
+    """Mean cross entropy over images with codes (n, L): a list, of all tokens, then by scale."""
     sums = torch.zeros(1 + len(layout.sizes), device=codebook.device)
     for batch, label in zip(codes.split(128), labels.split(128)):
         batch, label = batch.to(codebook.device), label.to(codebook.device)
         with autocast(codebook.device):
-            loss, by_scale = ckgen.loss_by_scale(model(codebook[batch], label, layout), batch, layout)
+            logits = model(codebook[batch], label, layout)
+            loss, by_scale = ckgen.loss_by_scale(logits, batch, layout)
         sums += len(batch) * torch.cat([loss[None], by_scale])
     return (sums / len(codes)).tolist()
 
 
-def training_loss(model, codebook, codes, labels, layouts, replace, generator):
-    """Loss of one batch, codes (B, L) (Sec. 3.1): P is drawn, one for all scales and the whole batch,
-    and a tenth of the labels is dropped, for classifier-free guidance."""
+def training_loss(model, codebook, codes, labels, layouts, share, generator):
+    """Loss of one batch with codes (B, L), and of each scale (Sec. 3.1). P is drawn, one for all
+    scales and the whole batch; a tenth of the labels is dropped, for classifier-free guidance."""
     device, classes = codebook.device, model.config.classes
     layout = layouts[torch.randint(len(layouts), (), generator=generator)]
     dropped = torch.rand(len(labels), generator=generator) < 0.1
     labels = torch.where(dropped, classes, labels).to(device)
-    noisy = codebook[replace_codes(codes, replace, len(codebook), generator).to(device)] if replace else None
+    noisy = None
+    if share:
+        noisy = codebook[replace_codes(codes, share, len(codebook), generator).to(device)]
     codes = codes.to(device)
     with autocast(device):
         logits = model(codebook[codes], labels, layout, noisy)
@@ -466,19 +483,16 @@ def draw_batch(codes, labels, batch_size, generator):
 
 
 def log_row(step, window, sizes, held_out, lr, speed):
-    """A row of log.csv; window holds a count of steps, then sums of the loss and of each scale's."""
+    """A row of log.csv; window holds a count of steps, then their summed losses: all, by scale."""
     count, *sums = window.tolist()
     names = ["loss"] + [f"loss_{n}x{n}" for n in sizes]
     losses = {name: round(total / count, 4) for name, total in zip(names, sums)}
-    return {"step": step, **losses, "held_out": held_out, "lr": f"{lr:.3g}",
+    return {"step": step, **losses, "held_out": held_out and round(held_out, 4), "lr": f"{lr:.3g}",
             "tokens_per_s": round(speed)}
 
 
-def train_model(run, data, codes, held_out_codes, tokenizer, recipe, device):
-    """Train the transformer of a run, from its last checkpoint on.
-
-    codes (n, views, L) are the images to learn, uint16; held_out (m, L) those for the held-out loss.
-    """
+def train_model(run, data, codes, tokenizer, recipe, device):
+    """Train the transformer of a run on codes (n, views, L), from its last checkpoint on."""
     iters, seed, rows = recipe.iters, run.state["options"]["seed"], run.state["log"]
     torch.manual_seed(seed)
     model = Checkerboard(Config(**run.state["model_config"])).to(device)
@@ -486,6 +500,7 @@ def train_model(run, data, codes, held_out_codes, tokenizer, recipe, device):
     optimizers = make_optimizers(model, recipe)
     first = run.resume("model", model, optimizers)
     fixed = Layout.make(model.config.sizes, run.state["defaults"]["steps"], device)
+    unseen, unseen_labels = held_out_codes(tokenizer, data, model.config.sizes, device, most=256)
     window = run.state["window"].to(device)   # losses since the last row of the log: count and sums
     clock, clock_step = time.perf_counter(), first
     for step in (bar := run.bar("transformer", first, iters)):
@@ -495,8 +510,8 @@ def train_model(run, data, codes, held_out_codes, tokenizer, recipe, device):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
         batch, labels = draw_batch(codes, data.labels, recipe.batch_size, generator)
-        loss, by_scale = training_loss(model, codebook, batch, labels, layouts, recipe.replace_codes,
-                                       generator)
+        loss, by_scale = training_loss(model, codebook, batch, labels, layouts,
+                                       recipe.replace_codes, generator)
         model.zero_grad()
         loss.backward()
         for optimizer in optimizers:
@@ -505,22 +520,23 @@ def train_model(run, data, codes, held_out_codes, tokenizer, recipe, device):
         due = run.watch("transformer", step, iters, loss, bar)
         if (step + 1) % max(1, iters // 100) == 0 or step + 1 == iters:
             speed = (step + 1 - clock_step) * batch.numel() / (time.perf_counter() - clock)
-            checked = (step + 1) % max(1, iters // 10) == 0 and len(held_out_codes) > 0
-            held_out = round(held_out_loss(model, codebook, held_out_codes[:256],
-                                           data.held_out_labels[:256], fixed)[0], 4) if checked else ""
-            rows.append(log_row(step + 1, window, model.config.sizes, held_out, recipe.lr * factor, speed))
+            held_out = ""
+            if (step + 1) % max(1, iters // 10) == 0 and len(unseen):
+                held_out = held_out_loss(model, codebook, unseen, unseen_labels, fixed)[0]
+            rows.append(log_row(step + 1, window, model.config.sizes, held_out,
+                                recipe.lr * factor, speed))
             window.zero_()
             clock, clock_step = time.perf_counter(), step + 1
         if due:
             run.state["window"] = window.cpu()
-            run.save("model", step + 1, model, optimizers)
+            run.save("model", step + 1, iters, model, optimizers)
             draw_samples(run, model.eval(), tokenizer)
             model.train()
             clock, clock_step = time.perf_counter(), step + 1
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 6. Pictures.
 
 
@@ -543,7 +559,8 @@ def draw_samples(run, model, tokenizer):
     labels = torch.tensor(shown, device=device).repeat_interleave(8)
     codes, layout = sample_codes(run, model, tokenizer, labels)
     pictures = ckgen.decode_scale(tokenizer, codes, layout.sizes)
-    grid = ckgen.picture_grid(np.split(pictures, len(shown)), [run.state["classes"][c] for c in shown])
+    names = [run.state["classes"][c] for c in shown]
+    grid = ckgen.picture_grid(np.split(pictures, len(shown)), names)
     ckgen.write_whole(run.path("samples.png"), lambda file: grid.save(file, "PNG"))
 
 
@@ -552,17 +569,18 @@ def draw_steps(run, model, tokenizer):
     once finished, every scale as a picture by itself (Sec. 3.3)."""
     shown, device = spread_classes(len(run.state["classes"]), 8), tokenizer.codebook_weight.device
     codes, layout = sample_codes(run, model, tokenizer, torch.tensor(shown, device=device))
-    frames = [ckgen.picture_grid([frame]) for frame in ckgen.progress_frames(tokenizer, codes, layout)]
-    ckgen.write_whole(run.path("progress.gif"), lambda file: ckgen.save_gif(frames, file))
-    side = layout.sizes[-1] * tokenizer.config.stride
-    scales = [ckgen.decode_scale(tokenizer, codes, layout.sizes, k) for k in range(len(layout.sizes))]
-    scales = [np.stack([Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-                        for picture in scale]) for scale in scales]
-    grid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in layout.sizes])
+    frames = ckgen.progress_frames(tokenizer, codes, layout)
+    grids = [ckgen.picture_grid([frame]) for frame in frames]
+    ckgen.write_whole(run.path("progress.gif"), lambda file: ckgen.save_gif(grids, file))
+    rows, size = [], frames[-1].shape[2:0:-1]
+    for scale in range(len(layout.sizes)):
+        pictures = map(Image.fromarray, ckgen.decode_scale(tokenizer, codes, layout.sizes, scale))
+        rows.append(np.stack([p.resize(size, Image.Resampling.NEAREST) for p in pictures]))
+    grid = ckgen.picture_grid(rows, [f"{n}x{n}" for n in layout.sizes])
     ckgen.write_whole(run.path("pyramid.png"), lambda file: grid.save(file, "PNG"))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 7. Evaluation.
 
 
@@ -572,8 +590,8 @@ class Classifier(nn.Module):
     def __init__(self, classes):
         super().__init__()
         widths, layers = (3, 32, 64, 128), []
-        for before, after in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        for i, o in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(widths[-1], classes)
 
@@ -589,7 +607,8 @@ def train_classifier(data, device, iters=1000):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iters)
     for _ in tqdm(range(iters), desc="classifier", unit="step"):
         some = torch.randint(len(data.images), (64,))
-        loss = F.cross_entropy(classifier(as_input(data.images[some], device)), data.labels[some].to(device))
+        logits = classifier(as_input(data.images[some], device))
+        loss = F.cross_entropy(logits, data.labels[some].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -600,15 +619,15 @@ def train_classifier(data, device, iters=1000):
 def frechet_distance(a, b):
     """Frechet distance [8] between two sets of features, (n, d) and (m, d)."""
     a, b = a.double(), b.double()
-    product = a.T.cov() @ b.T.cov()  # the trace of its root is the sum of the roots of its eigenvalues
+    product = a.T.cov() @ b.T.cov()  # the trace of its root: the sum of its eigenvalues' roots
     root = torch.linalg.eigvals(product).real.clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + a.T.cov().trace() + b.T.cov().trace()
             - 2 * root).item()
 
 
 def two_colours(images):
-    """Share of toy images (n, 3, S, S), uint8, in which a second of the six shape colours covers more
-    than a tenth of what the first covers. A pixel counts for a colour no further than 60 from it."""
+    """Share of toy images (n, 3, S, S), uint8, in which a second of the six shape colours covers
+    more than a tenth of what the first covers. A pixel counts for a colour at most 60 from it."""
     far = torch.cdist(images.flatten(2).transpose(1, 2).float(), COLOURS.float())   # (n, S*S, 6)
     covers = F.one_hot(far.argmin(-1), len(COLOURS)) * (far.amin(-1, keepdim=True) < 60)
     most = covers.sum(1).sort(-1, descending=True).values                           # (n, 6)
@@ -616,58 +635,72 @@ def two_colours(images):
 
 
 @torch.no_grad()
+def image_features(classifier, images):
+    """A classifier's features (n, 128) of images (n, 3, S, S), uint8."""
+    device = classifier.head.weight.device
+    return torch.cat([classifier.features(as_input(batch, device)).cpu()
+                      for batch in images.split(256)])
+
+
+@torch.no_grad()
 def quality(classifier, images, labels, reference):
     """Class accuracy of images (n, 3, S, S), uint8, and Frechet distance to reference features."""
-    device = classifier.head.weight.device
-    features = torch.cat([classifier.features(as_input(batch, device)) for batch in images.split(256)])
-    accuracy = (classifier.head(features).argmax(-1).cpu() == labels).double().mean().item()
-    return accuracy, frechet_distance(features.cpu(), reference)
+    features = image_features(classifier, images)
+    right = classifier.head(features.to(classifier.head.weight.device)).argmax(-1).cpu() == labels
+    return right.double().mean().item(), frechet_distance(features, reference)
+
+
+def print_losses(model, tokenizer, data, steps, device):
+    """Print the tokenizer's error and the transformer's loss on the held-out images."""
+    sizes, codebook = model.config.sizes, tokenizer.codebook().detach()
+    codes, labels = held_out_codes(tokenizer, data, sizes, device)
+    seen = as_images(ckgen.decode_scale(tokenizer, codes.to(device), sizes))
+    error = (seen.float() - data.held_out.float()).square().mean().item()
+    print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(codes)} held-out images, "
+          f"{len(codes.unique())} of {len(codebook)} codes in use by them")
+    print("held-out NLL, nats a token" + "".join(f"{f'{n}x{n}':>9}" for n in sizes) + "      all")
+    for P in sorted({1, 2, 4, 8, steps}):
+        layout = Layout.make(sizes, P, device)
+        nll, *by_scale = held_out_loss(model, codebook, codes, labels, layout)
+        print(f"  P = {P:<3d}                 " + "".join(f"{x:9.3f}" for x in [*by_scale, nll]))
+
+
+def print_quality(run, model, tokenizer, data, steps, device):
+    """Print what a classifier trained on the real images says of samples, and of real images."""
+    classifier = train_classifier(data, device)
+    n = -(-1000 // len(data.classes)) * len(data.classes)  # 1000 or a little more, as many of each
+    labels = torch.arange(n) % len(data.classes)
+    codes, layout = sample_codes(run, model, tokenizer, labels.to(device), steps=steps)
+    samples = as_images(ckgen.decode_scale(tokenizer, codes, layout.sizes))
+    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:10000]
+    reference = image_features(classifier, data.images[some])
+    defaults = run.state["defaults"]
+    print(f"P = {steps}, {len(layout.steps)} steps, cfg {defaults['cfg']:g}, temperature "
+          f"{defaults['temperature']:g}; Frechet distance to {len(reference)} training images")
+    for name, images, truth in (("samples", samples, labels),
+                                ("held-out", data.held_out[:n], data.held_out_labels[:n])):
+        accuracy, frechet = quality(classifier, images, truth, reference)
+        mixed = f", two colours {two_colours(images):.1%}" if data.classes == SHAPES else ""
+        print(f"  {len(images):4d} {name:8s}: class accuracy {accuracy:.3f}, "
+              f"Frechet distance {frechet:.2f}{mixed}")
 
 
 def evaluate(args):
     """Print what the README quotes of a checkpoint. Raises ValueError for bad input."""
     device = ckgen.pick_device(args.device)
-    state = ckgen.read_checkpoint(args.evaluate)
     model, tokenizer, classes, defaults = ckgen.load(args.evaluate, device)
-    options, steps = state["options"], args.steps or defaults["steps"]
-    data = load_data(args.data or options["data"], options["image_size"])
+    run = Run(os.path.dirname(args.evaluate), ckgen.read_checkpoint(args.evaluate))
+    source, steps = args.data or run.state["options"]["data"], args.steps or defaults["steps"]
+    data = load_data(source, run.state["options"]["image_size"])
     if data.classes != classes:
-        raise ValueError(f"--data {args.data or options['data']}: its classes are not the checkpoint's")
+        raise ValueError(f"--data {source}: its class folders are not the checkpoint's classes")
     if not len(data.held_out):
-        raise ValueError(f"--data {options['data']}: too few pictures to hold any out (5 % of a class)")
-    run, sizes = Run(os.path.dirname(args.evaluate), state), model.config.sizes
-
-    codes = torch.from_numpy(encode_all(tokenizer, data.held_out, sizes, device).astype(np.int64))[:, 0]
-    at, codebook = ckgen.scale_slices(sizes), tokenizer.codebook().detach()
-    seen = ckgen.decode_scale(tokenizer, codes.to(device), sizes)
-    error = (torch.from_numpy(seen).permute(0, 3, 1, 2).float() - data.held_out.float()).square().mean()
-    print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(codes)} held-out images, "
-          f"{len(codes.unique())} of {len(codebook)} codes in use by them")
-    print("held-out NLL in nats a token   " + " ".join(f"{f'{n}x{n}':>8}" for n in sizes) + "       all")
-    for P in sorted({1, 2, 4, 8, steps}):
-        nll, *by_scale = held_out_loss(model, codebook, codes, data.held_out_labels,
-                                       Layout.make(sizes, P, device))
-        print(f"  P = {P:<3d}                      " + " ".join(f"{x:8.3f}" for x in [*by_scale, nll]))
-
-    classifier, count = train_classifier(data, device), -(-1000 // len(classes)) * len(classes)
-    labels = torch.arange(count) % len(classes)
-    codes, layout = sample_codes(run, model, tokenizer, labels.to(device), steps=steps)
-    samples = torch.from_numpy(ckgen.decode_scale(tokenizer, codes, sizes)).permute(0, 3, 1, 2)
-    some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:10000]
-    with torch.no_grad():
-        reference = torch.cat([classifier.features(as_input(data.images[batch], device)).cpu()
-                               for batch in some.split(256)])
-    print(f"{count} samples: P = {steps}, {len(layout.steps)} steps, cfg {defaults['cfg']:g}, temperature "
-          f"{defaults['temperature']:g}; under a classifier trained on the real training images")
-    held_out = data.held_out[:count]
-    for name, images, truth in (("samples", samples, labels),
-                                ("held-out real", held_out, data.held_out_labels[:count])):
-        accuracy, distance_to_real = quality(classifier, images, truth, reference)
-        line = f"  {name:13s} ({len(images)}): class accuracy {accuracy:.3f}, Frechet {distance_to_real:.2f}"
-        print(line + (f", two colours {two_colours(images):.1%}" if options["data"] == "toy" else ""))
+        raise ValueError(f"--data {source}: none held out: that takes 20 pictures in a class")
+    print_losses(model, tokenizer, data, steps, device)
+    print_quality(run, model, tokenizer, data, steps, device)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 8. Command line.
 
 
@@ -677,9 +710,10 @@ def load_data(source, image_size):
 
 
 def read_recipe(args, device):
-    """The recipe and the options of a run. Raises ValueError when the image size will not do."""
+    """The recipe of a run, and its options: what a run that goes on must not change. Raises
+    ValueError when the image size will not do."""
     config = args.config or ("S" if device.type == "cuda" else "tiny")
-    recipe = RECIPES[config]
+    recipe, stride = RECIPES[config], TokenizerConfig.stride
     given = {key: getattr(args, key) for key in ("image_size", "iters", "batch_size", "lr")
              if getattr(args, key) is not None}
     if args.lr:
@@ -687,77 +721,90 @@ def read_recipe(args, device):
     if args.iters:
         given["tokenizer_iters"] = max(1, recipe.tokenizer_iters * args.iters // recipe.iters)
     recipe = replace(recipe, **given)
-    stride = TokenizerConfig.stride
     if recipe.image_size % stride:
-        raise ValueError(f"--image-size {recipe.image_size}: not a multiple of the tokenizer's stride, "
-                         f"{stride}")
-    data = os.path.abspath(args.data) if args.data else "toy"
-    return recipe, {"config": config, "scale": args.scale, "data": data, "image_size": recipe.image_size,
-                    "iters": recipe.iters, "batch_size": recipe.batch_size, "lr": recipe.lr,
-                    "seed": args.seed}
+        raise ValueError(f"--image-size {recipe.image_size}: must be a multiple of {stride}, the "
+                         f"tokenizer's stride")
+    options = {"config": config, "scale": args.scale, "seed": args.seed,
+               "data": os.path.abspath(args.data) if args.data else "toy"}
+    return recipe, options | {key: getattr(recipe, key)
+                              for key in ("image_size", "iters", "batch_size", "lr")}
 
 
-def new_state(recipe, options, classes, steps):
+def new_state(recipe, options, data, steps):
     """What the checkpoint of a run holds before its first step."""
     tokenizer = TokenizerConfig(codes=recipe.tokenizer_codes)
     sizes = ckgen.scale_sizes(recipe.image_size // tokenizer.stride, options["scale"])
-    model = Config(sizes, len(classes), tokenizer.codes, tokenizer.code_dim, recipe.width, recipe.layers,
-                   recipe.heads, recipe.ffn)
-    return {"format": ckgen.FORMAT, "options": options, "classes": classes,
+    model = Config(sizes, len(data.classes), tokenizer.codes, tokenizer.code_dim, recipe.width,
+                   recipe.layers, recipe.heads, recipe.ffn)
+    return {"format": ckgen.FORMAT, "options": options,
+            "classes": data.classes, "images": len(data.images),
             "tokenizer_config": asdict(tokenizer), "model_config": asdict(model),
             "defaults": {"steps": steps, "cfg": recipe.cfg, "temperature": recipe.temperature},
             "steps": {}, "optimizers": {}, "log": [], "window": torch.zeros(2 + len(sizes))}
 
 
-def find_state(folder, options):
-    """The state of the run in a folder, None when there is none. Raises ValueError when the folder
+def find_state(folder, options, overwrite):
+    """The state of the run in a folder, None to start afresh. Raises ValueError when the folder
     holds something else, or a run with other options."""
     path = os.path.join(folder, "checkpoint.pt")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--out {folder}: not a folder")
+    if overwrite:
+        return None
     if not os.path.exists(path):
         if os.path.isdir(folder) and any(not name.endswith(".tmp") for name in os.listdir(folder)):
-            raise ValueError(f"--out {folder}: not empty, and no run of this program")
+            raise ValueError(f"--out {folder}: not empty, and holds no run of this program")
         return None
     state = ckgen.read_checkpoint(path)
     for name, value in options.items():
-        if state["options"].get(name) != value:
-            raise ValueError(f"{folder} holds a run with --{name.replace('_', '-')} "
-                             f"{state['options'].get(name)}, not {value}; name another folder with "
-                             f"--out, or start afresh with --overwrite")
+        there = state["options"].get(name)
+        if there != value:
+            raise ValueError(f"{folder} holds a run with --{name.replace('_', '-')} {there}, not "
+                             f"{value}; name another folder with --out, or --overwrite it")
     return state
+
+
+def start_run(folder, state, recipe, options, data, steps):
+    """The Run of a folder: a new one where state is None, else the one that was begun. Raises
+    ValueError when the pictures are not those it was begun with."""
+    if state is None:
+        run = Run(folder, new_state(recipe, options, data, steps or 4))
+        os.makedirs(folder, exist_ok=True)
+        for name in filter(os.path.exists, map(run.path, Run.FILES)):
+            os.remove(name)
+        run.write()
+        return run
+    if (data.classes, len(data.images)) != (state["classes"], state["images"]):
+        raise ValueError(f"--data {options['data']}: {len(data.images)} pictures to train on of "
+                         f"{len(data.classes)} classes; the run in {folder} was begun with "
+                         f"{state['images']} of {len(state['classes'])}, or other names")
+    state["defaults"]["steps"] = steps or state["defaults"]["steps"]
+    done = ", ".join(f"{count} steps of the {stage}" for stage, count in state["steps"].items())
+    print(f"{folder}: going on after {done or 'nothing yet'}")
+    return Run(folder, state)
 
 
 def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError for bad input."""
     device = ckgen.pick_device(args.device)
     recipe, options = read_recipe(args, device)
-    source = os.path.basename(options["data"])
-    folder = args.out or os.path.join("runs", f"{options['config']}-{args.scale}x-{source}")
-    state = None if args.overwrite else find_state(folder, options)
-    if state and all(os.path.exists(os.path.join(folder, name)) for name in Run.FILES) \
-            and state["steps"].get("model") == recipe.iters:
-        print(f"{folder} is finished already.")
+    name = f"{options['config']}-{args.scale}x-{os.path.basename(options['data'])}"
+    folder = args.out or os.path.join("runs", name)
+    state = find_state(folder, options, args.overwrite)
+    if (state and state["steps"].get("model") == recipe.iters
+            and all(os.path.exists(os.path.join(folder, name)) for name in Run.FILES)):
+        print(f"{folder} is finished already:")
         return tell(folder)
     data = load_data(options["data"], recipe.image_size)
-    if state is None:
-        run = Run(folder, new_state(recipe, options, data.classes, args.steps or 4))
-        os.makedirs(folder, exist_ok=True)
-        for name in Run.FILES:
-            if os.path.exists(run.path(name)):
-                os.remove(run.path(name))
-        run.write()
-    else:
-        run = Run(folder, state)
-        print(f"{folder}: going on after {state['steps'] or 'nothing yet'}")
-    if data.classes != run.state["classes"]:
-        raise ValueError(f"--data {options['data']}: its classes are not those the run started with")
+    run = start_run(folder, state, recipe, options, data, args.steps)
     sizes = tuple(run.state["model_config"]["sizes"])
-    print(f"{len(data.images)} images of {len(data.classes)} classes and {len(data.held_out)} held out; "
-          f"maps {' '.join(f'{n}x{n}' for n in sizes)}; device {device}")
+    maps = " ".join(f"{n}x{n}" for n in sizes)
+    print(f"{folder}: {len(data.images)} images of {len(data.classes)} classes and "
+          f"{len(data.held_out)} held out; maps {maps}; {options['config']} on {device}")
 
     tokenizer = train_tokenizer(run, data, recipe, sizes, device)
     codes = code_images(run, tokenizer, data, sizes, device)
-    held_out = torch.from_numpy(encode_all(tokenizer, data.held_out, sizes, device).astype(np.int64))[:, 0]
-    model = train_model(run, data, codes, held_out, tokenizer, recipe, device)
+    model = train_model(run, data, codes, tokenizer, recipe, device)
     draw_samples(run, model, tokenizer)
     draw_steps(run, model, tokenizer)
     tell(folder)
@@ -768,9 +815,9 @@ def tell(folder):
     path = os.path.join(folder, "")
     print(f"{path}samples.png     a row of samples for each class\n"
           f"{path}progress.gif    one image of each class after every step (Fig. 1)\n"
-          f"{path}pyramid.png     their scales, each a picture by itself\n"
+          f"{path}pyramid.png     the same images, each scale a picture by itself\n"
           f"{path}log.csv         losses, learning rate, speed\n"
-          f"{path}checkpoint.pt   all that sampling needs:\n"
+          f"{path}checkpoint.pt   all that sampling needs; next:\n"
           f"    python ckgen.py {path}checkpoint.pt --n 16 --steps 8 --out more.png\n"
           f"    python train_tiny.py --evaluate {path}checkpoint.pt")
 
@@ -778,28 +825,36 @@ def tell(folder):
 def parse_arguments(arguments):
     """The parser and what it reads off the command line."""
     parser = argparse.ArgumentParser(
-        description="Train checkerboard image generation from nothing: a tokenizer, then a transformer. "
-                    "The same command continues a run that was stopped.",
+        description="Train checkerboard image generation from nothing: a tokenizer, then a "
+                    "transformer, on toy shapes or on your pictures. The same command continues a "
+                    "run that was stopped.",
         epilog="example: python train_tiny.py --scale 2 --steps 4")
     add = parser.add_argument
     add("--scale", choices=ckgen.SCALE_RATIOS, default="2",
         help="ratio between the scales of the pyramid; 1: a single scale (default: 2)")
-    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale for the pictures and the "
-        "held-out loss (default: 4); training draws P at random")
+    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale for the pictures and "
+        "the held-out loss (default: 4); training draws P at random")
     add("--config", choices=RECIPES, help="size of the model (default: S on CUDA, else tiny)")
-    add("--data", metavar="DIR", help="your pictures, one folder per class (default: toy shapes)")
+    add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
     add("--image-size", type=at_least(int, 4), metavar="PIXELS",
         help="side of the images (default: 32 for tiny, 64 for S and L)")
-    add("--out", metavar="DIR", help="folder of the run (default: runs/<config>-<scale>x-<data>)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/<config>-<scale>x-<data>)")
     add("--iters", type=at_least(int, 1), help="steps of the transformer's training; the "
-        "tokenizer's follow in proportion")
-    add("--batch-size", type=at_least(int, 1), help="images in a step of it")
-    add("--lr", type=at_least(float, 1e-9), help="AdamW's learning rate (tiny: Muon's goes with it)")
+        "tokenizer's follow in proportion (default: " + as_list("iters") + ")")
+    add("--batch-size", type=at_least(int, 1), help="images in a step of the transformer's "
+        "training (default: " + as_list("batch_size") + ")")
+    add("--lr", type=at_least(float, 1e-9), help="AdamW's learning rate; tiny's Muon follows in "
+        "proportion (default: " + as_list("lr") + ")")
     add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same weights")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--overwrite", action="store_true", help="start afresh in a used folder")
-    add("--evaluate", metavar="CHECKPOINT", help="print the quality of a checkpoint instead of training")
+    add("--evaluate", metavar="CHECKPOINT", help="print how good a checkpoint is; trains nothing")
     return parser, parser.parse_args(arguments)
+
+
+def as_list(field):
+    """A field of all recipes, for the help."""
+    return ", ".join(f"{name} {getattr(recipe, field):g}" for name, recipe in RECIPES.items())
 
 
 def main(arguments=None):
@@ -812,9 +867,10 @@ def main(arguments=None):
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}")
     except OSError as error:
-        sys.exit(f"stopped: {error}; the last checkpoint is whole, and the same command goes on from it")
+        sys.exit(f"stopped: {error}; with that mended, the same command goes on from the last "
+                 f"checkpoint")
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
