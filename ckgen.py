@@ -11,8 +11,9 @@ i draws block b_i, a set of cells spread evenly over the whole map, all of them 
     Sec. 3.1, Fig. 2           sequence, steps, mask          Layout
     Sec. 3.3                   codes and latents              Tokenizer
     Sec. 3.1                   z_up                           upsample, upsample_pyramid
-    Sec. 3.4                   learned RoPE, RoPE mixing      rotate, Checkerboard.rotary
-    Sec. 3.3                   class token, AdaLN             AdaLN, Checkerboard.context
+    Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, .rotary
+    Sec. 3.3                   class token, AdaLN             AdaLN, Checkerboard.conditioning
+    Sec. 3.3                   MLP that unfolds latents       Checkerboard.unfold
     Sec. 3.1                   transformer                    Attention, FeedForward, Layer
     Sec. 3.1, Eq. 1            inputs                         Checkerboard.inputs
     Sec. 3.1                   training pass, loss            Checkerboard.forward, loss_by_scale
@@ -36,9 +37,11 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import math
 import os
 import pickle
-import sys
+import re
+import zipfile
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -59,12 +62,14 @@ def progressive_checkerboard(size):
     Returns a new list of all cells [(x, y), ...], x the column and y the row, each 0 ... size-1.
     Any prefix of it is balanced: at every level of the quadtree, the quadrants hold equally many of
     its cells, give or take one. A size that is no power of two takes the order of the next one,
-    restricted to the grid. Raises ValueError when size is not a positive integer.
+    restricted to the grid; then this holds among the quadrants that lie wholly inside the grid.
+    Raises ValueError when size is not a positive integer.
 
-    The rank of a cell has a closed form. Write x and y in binary, most significant bit first; bit
-    number l of the two (0 = the whole image) adds (2 * (xbit ^ ybit) + ybit) * 4**l.
+    The order has a closed form: it sorts cells by this key, for powers of two their rank. Write x
+    and y in binary; the pair of bits number l, counting from the most significant, l = 0, adds
+    (2 * (xbit ^ ybit) + ybit) * 4**l.
     """
-    if not isinstance(size, int) or size < 1:
+    if size != int(size) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}")
 
     def scan(side, x, y):
@@ -75,7 +80,7 @@ def progressive_checkerboard(size):
                      scan(half, x + half, y), scan(half, x, y + half)]  # top right, bottom left
         return [cell for turn in zip(*quadrants) for cell in turn]      # round robin
 
-    power_of_two = 1 << (size - 1).bit_length()
+    power_of_two = 1 << (int(size) - 1).bit_length()
     return [(x, y) for x, y in scan(power_of_two, 0, 0) if x < size and y < size]
 
 
@@ -92,6 +97,8 @@ def split_blocks(order, steps):
     """
     if steps < 1:
         raise ValueError(f"steps per scale must be 1 or more, got {steps}")
+    if not order:
+        return []
     blocks = min(steps, len(order))
     size, larger = divmod(len(order), blocks)  # the first `larger` blocks hold one cell more
     starts = [i * size + min(i, larger) for i in range(blocks + 1)]
@@ -120,10 +127,11 @@ def scale_sizes(grid, ratio):
 # 3. Layout (Fig. 2). Everything about the sequence is fixed by the sizes and P, so it is a table.
 #
 # A location is an index into the flat pyramid: the maps row by row, coarse to fine, 0 ... L-1. Two
-# more locations stand for what is no cell of the pyramid.
+# more locations stand for what is no cell of it; as indices they are the last rows of the rotary
+# table, which has L + 2.
 
-EMPTY = -1  # "the block before" of a scale's first block; -1 is the last row of any table
-CLASS = -2  # the class token, the last row but one
+EMPTY = -1  # "the block before" of a scale's first block: there is none
+CLASS = -2  # the class token
 
 
 class Step(NamedTuple):
@@ -138,7 +146,8 @@ class Layout:
     """The sequence of 1 + L tokens, class token first. Training and sampling read this table."""
     sizes: tuple          # side n of each scale's map, coarse to fine
     here: torch.Tensor    # (1+L,) location b_i that a token predicts (CLASS for the class token)
-    before: torch.Tensor  # (1+L,) location b_{i-1} that it reads (EMPTY in a scale's first block)
+    before: torch.Tensor  # (1+L,) location b_{i-1} that it reads (EMPTY in a scale's first block,
+    #                       CLASS for the class token)
     block: torch.Tensor   # (1+L,) number of the block, counted through all scales; class token 0
     steps: tuple          # (Step, ...) in the order of sampling, not counting the class token
 
@@ -175,25 +184,147 @@ def scale_slices(sizes):
 # 4. Tokenizer (Sec. 3.3): images to codes and back.
 
 
+# Two encoder and decoder pairs: a small one that trains in a minute on a CPU, and LlamaGen's VQGAN
+# [36, 4], which the paper uses and released weights need.
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a Tokenizer."""
-    codes: int = 256      # V, entries of the codebook
-    code_dim: int = 8     # C
-    stride: int = 4       # pixels per cell of the map
-    width: int = 64       # channels of the small form
+    """Sizes of a Tokenizer. It has the VQGAN form when channels are given, else the small one."""
+    codes: int = 256        # V, entries of the codebook
+    code_dim: int = 8       # C
+    stride: int = 4         # pixels per cell of the map
+    width: int = 64         # channels between encoder and latents (VQGAN's z_channels)
+    channels: tuple = ()    # VQGAN: channels of each level; each next level halves the side
+    res_blocks: int = 2     # VQGAN: residual blocks in a level of the encoder
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), 3x3, no norm."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), 3x3; the small form has no norm."""
+
+    def __init__(self, before, after, norm=lambda width: nn.GroupNorm(32, width, eps=1e-6)):
+        super().__init__()
+        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1)
+        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1)
+        self.shortcut = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def small_pair(config):
+    """The small encoder and decoder. The encoder sees one cell at a time: equal patches get equal
+    codes wherever they are, and codes that depend on little are easy to predict. The decoder sees a
+    neighbourhood."""
+    pixels, width = 3 * config.stride ** 2, config.width
+    blocks = [ResidualBlock(width, width, norm=lambda _: nn.Identity()) for _ in range(3)]
+    return (nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
+            nn.Sequential(*blocks, nn.Conv2d(width, pixels, 1), nn.PixelShuffle(config.stride)))
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)) over all places of a map, one head."""
 
     def __init__(self, width):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
-        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+        h = self.norm(x)
+        q, k, v = (proj(h).flatten(2).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)                         # (B, h*w, C)
+        return x + self.out(y.transpose(1, 2).view_as(x))
+
+
+class Downsample(nn.Module):
+    """Halve the side of a map."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one column right, one row below
+
+
+class Upsample(nn.Module):
+    """Double the side of a map."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each with attention or not, and a change of resolution."""
+
+    def __init__(self, before, after, blocks, attention, resample):
+        super().__init__()
+        self.res = nn.ModuleList(ResidualBlock(after if i else before, after)
+                                 for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(after) if attention else nn.Identity()
+                                  for _ in range(blocks))
+        self.resample = resample
+
+    def forward(self, x):
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.resample(x)
+
+
+class VQGANEncoder(nn.Module):
+    """Images (B, 3, h, w) to (B, width, h/stride, w/stride); attention at the coarsest level."""
+
+    def __init__(self, config):
+        super().__init__()
+        *finer, last = widths = config.channels
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.Sequential(
+            *(Level(before, after, config.res_blocks, False, Downsample(after))
+              for before, after in zip(widths[:1] + widths, finer)),
+            Level(widths[-2], last, config.res_blocks, True, nn.Identity()))
+        self.mid = nn.Sequential(ResidualBlock(last, last), AttentionBlock(last),
+                                 ResidualBlock(last, last))
+        self.norm_out = nn.GroupNorm(32, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, config.width, 3, padding=1)
+
+    def forward(self, images):
+        x = self.mid(self.levels(self.conv_in(images)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGANDecoder(nn.Module):
+    """The encoder's mirror image, with one residual block more in each level."""
+
+    def __init__(self, config):
+        super().__init__()
+        first, *finer = widths = config.channels[::-1]
+        blocks = config.res_blocks + 1
+        self.conv_in = nn.Conv2d(config.width, first, 3, padding=1)
+        self.mid = nn.Sequential(ResidualBlock(first, first), AttentionBlock(first),
+                                 ResidualBlock(first, first))
+        self.levels = nn.Sequential(
+            Level(first, first, blocks, True, Upsample(first)),
+            *(Level(before, after, blocks, False, Upsample(after))
+              for before, after in zip(widths, finer[:-1])),
+            Level(widths[-2], widths[-1], blocks, False, nn.Identity()))
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.levels(self.mid(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def as_map(rows):
+    """(B, n*n, C), a map row by row, to (B, C, n, n)."""
+    n = math.isqrt(rows.shape[1])
+    return rows.transpose(1, 2).unflatten(2, (n, n))
 
 
 class Tokenizer(nn.Module):
@@ -205,16 +336,12 @@ class Tokenizer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, width, pixels = config, config.width, 3 * config.stride ** 2
-        # The encoder sees one cell at a time: equal patches get equal codes, wherever they are, and
-        # codes that depend on little are easy to predict. The decoder sees a neighbourhood.
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1),
-                                     nn.SiLU())
-        self.to_latent = nn.Conv2d(width, config.code_dim, 1)
-        self.from_latent = nn.Conv2d(config.code_dim, width, 1)
-        self.decoder = nn.Sequential(*(ResidualBlock(width) for _ in range(3)),
-                                     nn.Conv2d(width, pixels, 1), nn.PixelShuffle(config.stride))
-        self.codebook_weight = nn.Parameter(torch.randn(config.codes, config.code_dim))
+        self.config = config
+        self.encoder, self.decoder = (VQGANEncoder(config), VQGANDecoder(config)) \
+            if config.channels else small_pair(config)
+        self.to_latent = nn.Conv2d(config.width, config.code_dim, 1)
+        self.from_latent = nn.Conv2d(config.code_dim, config.width, 1)
+        self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
         """The unit code vectors (V, C)."""
@@ -252,12 +379,6 @@ class Tokenizer(nn.Module):
         return self.decode(as_map(latents)).clamp(-1, 1)
 
 
-def as_map(rows):
-    """(B, n*n, C), a map row by row, to (B, C, n, n)."""
-    n = int(rows.shape[1] ** 0.5)
-    return rows.transpose(1, 2).unflatten(2, (n, n))
-
-
 def upsample(latents, n):
     """z_up (Sec. 3.1): latents (B, m*m, C) of a map upsampled to (B, n*n, C), of unit length."""
     up = F.interpolate(as_map(latents), (n, n), mode="bilinear", align_corners=False)
@@ -289,6 +410,10 @@ class Config:
     mixing_layers: int = 2   # layers whose keys mix RoPEs, counted from the first (Sec. 3.4)
     norm_eps: float = 1e-6
 
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} is no multiple of twice the {self.heads} heads")
+
     @property
     def length(self):
         """L, the number of cells in the pyramid."""
@@ -306,8 +431,39 @@ def rotate(x, rope):
     return torch.addcmul(x * cos, torch.cat([-second, first], -1), sin)
 
 
+def rope_table(sizes, head_width):
+    """Where the rotary table starts (Sec. 3.4): (L + 2, 2d), rows of d interleaved (cos, sin).
+
+    7/8 of the angles turn with the place in the image, half with x, half with y, in cells of the
+    finest map, at frequencies from 1 down to almost 1 / N**2 of a radian a cell; 1/8 turn with the
+    scale, by a quarter turn a scale or less. The rows of the class and of the empty location have
+    angle zero. Paper and author's code differ only in the pairing; see `rotate`.
+    """
+    N, pairs = sizes[-1], head_width // 2
+    scale_pairs = max(1, pairs // 8)
+    x_pairs = (pairs - scale_pairs + 1) // 2
+    y_pairs = pairs - scale_pairs - x_pairs
+
+    def frequencies(count, base):
+        return base ** -(torch.arange(count) / max(1, count))
+
+    rows = []
+    for k, n in enumerate(sizes):
+        centre = (torch.arange(n)[:, None] + 0.5) * N / n                   # (n, 1)
+        x = (centre * frequencies(x_pairs, N * N)).expand(n, n, -1)         # (n, n, d/2 * 7/16)
+        y = (centre * frequencies(y_pairs, N * N))[:, None].expand(n, n, -1)
+        scale = ((k + 1) * torch.pi / 2 * frequencies(scale_pairs, 10)).expand(n, n, -1)
+        rows.append(torch.cat([x, y, scale], -1).flatten(0, 1))             # (n*n, d/2)
+    angles = torch.cat([*rows, torch.zeros(2, pairs)])                      # (L+2, d/2)
+    angles = torch.cat([angles, angles], 1)              # element i and i + d/2: one true rotation
+    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+
+
 class AdaLN(nn.Module):
-    """RMS norm, then scale and shift from the class embedding [20]: norm(x) * scale + shift."""
+    """RMS norm, then scale and shift from the class embedding [20]: norm(x) * scale + shift.
+
+    The norm keeps its own learned gain, although scale could take it over: as released.
+    """
 
     def __init__(self, width, eps):
         super().__init__()
@@ -331,13 +487,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, queries, keys, mask=None, cache=None, start=0):
+    def forward(self, x, rope_q, rope_k, mask=None, cache=None, start=0):
         """x (B, T, D): tokens start ... start+T-1. mask (T, start+T) or None: all see all.
 
         cache is (2, B, H, 1+L, d): keys and values of earlier tokens, to which these are added.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, queries), rotate(k, keys)                          # (B, H, T, d)
+        q, k = rotate(q, rope_q), rotate(k, rope_k)                         # (B, H, T, d)
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
@@ -359,12 +515,12 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class LayerContext(NamedTuple):
+class Conditioning(NamedTuple):
     """What is constant for an image in one layer: AdaLN's (shift, scale) twice, and the RoPEs."""
-    attn: tuple            # (B, 1, D) each
-    ffn: tuple             # (B, 1, D) each
-    queries: torch.Tensor  # (1+L, d, 2)
-    keys: torch.Tensor     # (1+L, d, 2), or (H, 1+L, d, 2) in a mixing layer
+    attn_mod: tuple       # (B, 1, D) each
+    ffn_mod: tuple        # (B, 1, D) each
+    rope_q: torch.Tensor  # (1+L, d, 2)
+    rope_k: torch.Tensor  # (1+L, d, 2), or (H, 1+L, d, 2) in a mixing layer
 
 
 class Layer(nn.Module):
@@ -377,12 +533,13 @@ class Layer(nn.Module):
         self.ffn_norm = AdaLN(config.width, config.norm_eps)
         self.ffn = FeedForward(config.width, config.ffn)
 
-    def forward(self, x, context, mask=None, cache=None, start=0):
+    def forward(self, x, given, mask=None, cache=None, start=0):
+        """x (B, T, D): tokens start ... start+T-1; given is this layer's Conditioning."""
         end = start + x.shape[1]
-        queries, keys = context.queries[start:end], context.keys[..., start:end, :, :]
-        h = self.attn_norm(x, *context.attn)
-        x = x + self.attn(h, queries, keys, mask, cache, start)
-        return x + self.ffn(self.ffn_norm(x, *context.ffn))
+        rope_q, rope_k = given.rope_q[start:end], given.rope_k[..., start:end, :, :]
+        h = self.attn_norm(x, *given.attn_mod)
+        x = x + self.attn(h, rope_q, rope_k, mask, cache, start)
+        return x + self.ffn(self.ffn_norm(x, *given.ffn_mod))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -433,7 +590,8 @@ class Checkerboard(nn.Module):
         """RoPEs of all tokens (Sec. 3.4): of the queries (1+L, d, 2) and, layer by layer, the keys.
 
         Queries use the location that a token predicts. Keys do too, but in the mixing layers they
-        use alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha for every head.
+        use alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha for every head. The
+        mixture is not made unit again; in a scale's first block rope(b_{i-1}) is the EMPTY row.
         """
         table = F.normalize(self.rope.unflatten(1, (-1, 2)), dim=-1)        # unit (cos, sin)
         here, before = table[layout.here], table[layout.before]             # (1+L, d, 2)
@@ -441,22 +599,23 @@ class Checkerboard(nn.Module):
         mixed = alpha * here + (1 - alpha) * before                         # (layers, H, 1+L, d, 2)
         return here, [*mixed] + [here] * (len(self.layers) - len(mixed))
 
-    def context(self, labels, layout):
-        """The class token (B, 1, D) and a LayerContext for each layer; all constant for an image.
+    def conditioning(self, labels, layout):
+        """The class token (B, 1, D) and a Conditioning for each layer; all constant for an image.
 
         labels are (B,) integers 0 ... classes, where `classes` itself means no class.
         """
         e = self.class_embed(labels)                                        # (B, D)
         queries, keys = self.rotary(layout)
         return e[:, None], [
-            LayerContext(layer.attn_norm.modulation(e), layer.ffn_norm.modulation(e), queries, k)
+            Conditioning(layer.attn_norm.modulation(e), layer.ffn_norm.modulation(e), queries, k)
             for layer, k in zip(self.layers, keys)]
 
     def inputs(self, latents, z_up, layout, start, end):
         """Eq. 1: the input tokens start ... end-1 of the sequence (start > 0), (B, T, D).
 
         latents and z_up are (B, L, C), flat pyramids. Only the rows that these tokens read need to
-        be filled: z_up at b_i, latents at b_{i-1}.
+        be filled: z_up at b_i, latents at b_{i-1}. Where there is no b_{i-1}, the index EMPTY = -1
+        picks some row, and `where` puts the learned constants in its place.
         """
         here, before = layout.here[start:end], layout.before[start:end]
         empty = (before == EMPTY)[:, None]                                  # (T, 1)
@@ -468,10 +627,10 @@ class Checkerboard(nn.Module):
         return self.combine(torch.cat([pos.expand(B, -1, -1), up,
                                        pos_before.expand(B, -1, -1), code_before], -1))
 
-    def transform(self, x, context, mask=None, caches=None, start=0):
+    def transform(self, x, given, mask=None, caches=None, start=0):
         """Tokens start ... start+T-1 through all layers: (B, T, D) to logits (B, T, V)."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, context[i], mask, None if caches is None else caches[i], start)
+            x = layer(x, given[i], mask, None if caches is None else caches[i], start)
         return self.head(self.norm(x))
 
     def forward(self, latents, labels, layout, noisy=None):
@@ -481,41 +640,14 @@ class Checkerboard(nn.Module):
         upsampled in place of latents (see `replace_codes` in train_tiny.py).
         """
         z_up = upsample_pyramid(latents if noisy is None else noisy, layout.sizes)
-        class_token, context = self.context(labels, layout)
+        class_token, given = self.conditioning(labels, layout)
         tokens = self.inputs(latents, z_up, layout, 1, len(layout.here))
         x = torch.cat([class_token, tokens], 1)                             # (B, 1+L, D)
-        return self.transform(x, context, layout.mask())[:, 1:]
-
-
-def rope_table(sizes, head_width):
-    """Where the rotary table starts (Sec. 3.4): (L + 2, 2d), rows of d interleaved (cos, sin).
-
-    7/8 of the angles turn with the place in the image, half with x, half with y, in cells of the
-    finest map and at frequencies falling geometrically; 1/8 with the scale. The rows of the class
-    and of the empty location have angle zero.
-    """
-    N, pairs = sizes[-1], head_width // 2
-    scale_pairs = max(1, pairs // 8)
-    x_pairs = (pairs - scale_pairs + 1) // 2
-    y_pairs = pairs - scale_pairs - x_pairs
-
-    def frequencies(count, base):
-        return base ** -(torch.arange(count) / max(1, count))
-
-    rows = []
-    for k, n in enumerate(sizes):
-        centre = (torch.arange(n)[:, None] + 0.5) * N / n                   # (n, 1)
-        x = (centre * frequencies(x_pairs, N * N)).expand(n, n, -1)         # (n, n, d/2 * 7/16)
-        y = (centre * frequencies(y_pairs, N * N))[:, None].expand(n, n, -1)
-        scale = ((k + 1) * torch.pi / 2 * frequencies(scale_pairs, 10)).expand(n, n, -1)
-        rows.append(torch.cat([x, y, scale], -1).flatten(0, 1))             # (n*n, d/2)
-    angles = torch.cat([*rows, torch.zeros(2, pairs)])                      # (L+2, d/2)
-    angles = torch.cat([angles, angles], 1)              # element i and i + d/2: one true rotation
-    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+        return self.transform(x, given, layout.mask())[:, 1:]
 
 
 def loss_by_scale(logits, codes, layout):
-    """Cross entropy in nats: the flat mean over all scales and places (Sec. 3.1), and each scale's.
+    """Cross entropy in nats: the flat mean over all locations (Sec. 3.1), and each scale's mean.
 
     logits (B, L, V) in layout order, codes (B, L) the flat pyramid. Returns a scalar and (scales,).
     """
@@ -528,21 +660,30 @@ def loss_by_scale(logits, codes, layout):
 # 7. Sampler (Sec. 3.1, 4.1).
 
 
+def draw(logits, temperature, generator=None):
+    """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+
+
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            return_entropy=False):
     """Draw the codes of one image for each label, block after block: one forward pass a step.
 
     codebook (V, C) unit vectors; labels (B,) in 0 ... classes-1. Guidance (Sec. 4.1) is
-    cond + cfg * (cond - uncond), off for the first cfg_start steps. All places of a block are drawn
-    independently from softmax(logits / temperature); temperature 0 takes the largest logit. Returns
-    the flat pyramid of codes (B, L), on request with the entropies (B, L) of Sec. 4.5: in nats, of
-    the softmax that each code was drawn from, guided but at temperature 1.
+    cond + cfg * (cond - uncond), off for the first cfg_start steps: 5 are, at ratio 2 and P = 4 or
+    more, the 1x1 and 2x2 maps. All locations of a block are drawn independently from
+    softmax(logits / temperature); temperature 0 takes the largest logit. Returns the flat pyramid
+    of codes (B, L), on request with the entropies (B, L) of Sec. 4.5: in nats, of the softmax that
+    each code was drawn from, guided but at temperature 1.
     """
     B, L, device = len(labels), model.config.length, labels.device
     if cfg > 0:  # the batch twice over: with the class, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-    class_token, context = model.context(labels, layout)
+    class_token, given = model.conditioning(labels, layout)
     heads, head_width = model.config.heads, model.config.width // model.config.heads
     caches = class_token.new_empty(len(model.layers), 2, len(labels), heads, 1 + L, head_width)
     codes = torch.zeros(B, L, dtype=torch.long, device=device)
@@ -557,9 +698,9 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         x = x.repeat(len(labels) // B, 1, 1)
         if t == 0:  # the class token rides along with the first block, which alone needs the mask
             x = torch.cat([class_token, x], 1)
-            logits = model.transform(x, context, layout.mask()[:end, :end], caches)[:, 1:]
+            logits = model.transform(x, given, layout.mask()[:end, :end], caches)[:, 1:]
         else:       # every token sees all that is cached and all of its own block: no mask
-            logits = model.transform(x, context, None, caches, start)
+            logits = model.transform(x, given, None, caches, start)
         if cfg > 0:
             cond, uncond = logits.chunk(2)
             logits = cond + cfg * (cond - uncond) if t >= cfg_start else cond
@@ -572,24 +713,17 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     return (codes, entropy) if return_entropy else codes
 
 
-def draw(logits, temperature, generator=None):
-    """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
+def generate(model, tokenizer, labels, layout, seed=0, **guidance):
+    """Sample for any number of labels, with a progress bar: yields codes (B, L), batch by batch.
 
-
-def generate(model, tokenizer, labels, layout, seed=0, batch_size=64, **guidance):
-    """Sample a pyramid for each of any number of labels, in batches, with a progress bar.
-
-    guidance: cfg, cfg_start and temperature of `sample`. Returns codes (B, L).
+    guidance: cfg, cfg_start and temperature of `sample`.
     """
     generator = torch.Generator(labels.device).manual_seed(seed)
-    batches = tqdm(labels.split(batch_size), desc="sampling", unit="batch", leave=False)
-    codebook = tokenizer.codebook().detach()
-    return torch.cat([sample(model, codebook, batch, layout, generator=generator, **guidance)
-                      for batch in batches])
+    with tqdm(total=len(labels), desc="sampling", unit="image", leave=False) as bar:
+        for batch in labels.split(64):
+            yield sample(model, tokenizer.codebook(), batch, layout, generator=generator,
+                         **guidance)
+            bar.update(len(batch))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,15 +731,15 @@ def generate(model, tokenizer, labels, layout, seed=0, batch_size=64, **guidance
 
 
 def to_uint8(images):
-    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255, truncated."""
-    return ((images + 1) / 2).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
+    return ((images + 1) / 2).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def decode_scale(tokenizer, codes, sizes, scale=-1, batch_size=64):
+def decode_scale(tokenizer, codes, sizes, scale=-1):
     """The pictures (B, n*stride, n*stride, 3), uint8, of one scale of pyramids of codes (B, L)."""
     at = scale_slices(sizes)[scale]
-    return np.concatenate([to_uint8(tokenizer.decode_codes(batch[:, at]))
-                           for batch in codes.split(batch_size)])
+    return np.concatenate([to_uint8(tokenizer.decode_codes(batch))
+                           for batch in codes[:, at].split(64)])
 
 
 @torch.no_grad()
@@ -651,6 +785,17 @@ def picture_grid(rows, names=()):
     return grid
 
 
+def save_npz(pictures, shape, file):
+    """Write batches of pictures as an .npz with the one array arr_0 of this shape, uint8. numpy's
+    savez would hold all of them in memory."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for batch in pictures:
+                array.write(batch.tobytes())
+
+
 def save_gif(frames, file):
     """Write PIL images as an endless GIF, the last one held longer."""
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
@@ -684,40 +829,168 @@ class Checkpoint(NamedTuple):
     defaults: dict   # steps, cfg, temperature: how the run draws its own pictures
 
 
-def read_checkpoint(path):
-    """The dictionary in a file of ours. Raises ValueError, in one line, for any other file.
+def read_file(path):
+    """What a file written by torch.save holds. Raises ValueError, in one line, for any other file.
 
-    weights_only=True: torch then unpickles tensors and plain values and refuses all else, so that
-    no file can run code.
+    weights_only=True: torch unpickles tensors and plain values, here also the argparse.Namespace of
+    the author's files, and refuses all else, so that no file can run code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: a folder; name the checkpoint.pt in it") from None
+        raise ValueError(f"{path}: a folder; name the checkpoint in it") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: no checkpoint, or one that holds more than tensors and "
                          f"plain values and could run code") from None
     except Exception:  # a damaged file can raise nearly anything
         raise ValueError(f"{path}: damaged or no checkpoint; truncated, perhaps") from None
+
+
+def read_checkpoint(path):
+    """The dictionary in a file of ours. Raises ValueError, in one line, for any other file."""
+    state = read_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of ckgen (no format entry {FORMAT!r})")
     return state
 
 
 def load(path, device="cpu"):
-    """Load a Checkpoint for sampling. Raises ValueError, in one line, when the file is not one."""
-    state = read_checkpoint(path)
-    if "model" not in state:
+    """Load a Checkpoint for sampling: one of ours, or one that the paper's author released.
+
+    Raises ValueError, in one line, when the file is neither.
+    """
+    state = read_file(path)
+    if isinstance(state, dict) and isinstance(state.get("model"), dict) \
+            and "embed_positions.weight" in state["model"]:
+        checkpoint = from_released(path, state["model"])
+    else:
+        checkpoint = from_own(path, read_checkpoint(path))
+    return checkpoint._replace(model=checkpoint.model.to(device).eval(),
+                               tokenizer=checkpoint.tokenizer.to(device).eval())
+
+
+def from_own(path, state):
+    """The Checkpoint in a dictionary that train_tiny.py wrote."""
+    if "transformer" not in state:
         raise ValueError(f"{path}: its training has not come to the transformer yet; the command "
                          f"that started it continues it")
-    model = Checkerboard(Config(**state["model_config"]))
-    model.load_state_dict(state["model"])
-    tokenizer = Tokenizer(TokenizerConfig(**state["tokenizer_config"]))
-    tokenizer.load_state_dict(state["tokenizer"])
-    return Checkpoint(model.to(device).eval(), tokenizer.to(device).eval(), state["classes"],
-                      state["defaults"])
+    try:
+        model = Checkerboard(Config(**state["transformer_config"]))
+        tokenizer = Tokenizer(TokenizerConfig(**state["tokenizer_config"]))
+        fill(model, state["transformer"], path)
+        fill(tokenizer, state["tokenizer"], path)
+        return Checkpoint(model, tokenizer, state["classes"], state["defaults"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged: {error!r}") from None
+
+
+def fill(module, tensors, path):
+    """Load a state dict. Raises ValueError naming the first three keys that do not fit."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in tensors.items()}
+    wrong = [f"{key} {'missing' if key not in given else f'of shape {given[key]}'}, not {shape}"
+             for key, shape in wanted.items() if given.get(key) != shape]
+    wrong += [f"{key} unknown" for key in given if key not in wanted]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} of its tensors do not fit: {'; '.join(wrong[:3])}")
+    module.load_state_dict(tensors)
+
+
+# The author's released files (github.com/deigen/checkerboardgen) and LlamaGen's tokenizer: their
+# names, as patterns, and ours.
+
+RELEASED_NAMES = [
+    (r"llama\.layers\.", "layers."), (r"llama\.norm\.", "norm."),
+    (r"attention_norm\.", "attn_norm.norm."), (r"\.ffn_norm\.weight", ".ffn_norm.norm.weight"),
+    (r"input_modulation\.adaLN_modulation\.1", "attn_norm.shift_scale"),
+    (r"post_attention_modulation\.adaLN_modulation\.1", "ffn_norm.shift_scale"),
+    (r"attention\.wqkv", "attn.qkv"), (r"attention\.wo", "attn.out"),
+    (r"feed_forward\.w1", "ffn.gate"), (r"feed_forward\.w2", "ffn.down"),
+    (r"feed_forward\.w3", "ffn.up"),
+    (r"llama\.rotary_emb\.mixing_coeffs", "rope_mix"),
+    (r"llama\.rotary_emb\.position_embeddings\.parametrizations\.weight\.original", "rope"),
+    (r"class_embeddings\.", "class_embed."), (r"embed_positions\.weight", "pos_embed"),
+    (r"empty_token_emb", "empty_code"), (r"empty_token_pos", "empty_pos"),
+    (r"embed_codevecs_mlp\.net", "unfold"), (r"src_latents_proj", "up_proj"),
+    (r"combine_inputs", "combine"), (r"lm_head", "head")]
+RELEASED_TOKENIZER_NAMES = [
+    (r"conv_blocks", "levels"), (r"(down|up)sample\.", "resample."), (r"nin_shortcut", "shortcut"),
+    (r"proj_out", "out"), (r"^quant_conv", "to_latent"), (r"^post_quant_conv", "from_latent"),
+    (r"quantize\.embedding\.(parametrizations\.weight\.original|weight)", "codebook_weight")]
+STATISTICS = ("quantize.initialized", "cluster_usage_train", "quantize.codebook_used")  # unused
+
+
+def rename(tensors, names):
+    """A state dict under our names."""
+    renamed = {}
+    for key, value in tensors.items():
+        for theirs, ours in names:
+            key = re.sub(theirs, ours, key)
+        renamed[key] = value.float()
+    return renamed
+
+
+def count(keys, pattern):
+    """How many keys a pattern matches."""
+    return sum(re.fullmatch(pattern, key) is not None for key in keys)
+
+
+def from_released(path, tensors):
+    """The Checkpoint in the author's state dict. All sizes are read off the tensors."""
+    own = rename({k: v for k, v in tensors.items() if not k.startswith("autoenc.")}, RELEASED_NAMES)
+    if "up_proj.weight" not in own and "combine.weight" in own:  # older files: the identity
+        width = len(own["combine.weight"])
+        own |= {"up_proj.weight": torch.eye(width), "up_proj.bias": torch.zeros(width)}
+    try:
+        length, width = own["pos_embed"].shape
+        pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in SCALE_RATIOS]
+        model = Checkerboard(Config(
+            sizes=next(sizes for sizes in pyramids if sum(n * n for n in sizes) == length),
+            classes=len(own["class_embed.weight"]) - 1, codes=len(own["head.weight"]),
+            code_dim=own["unfold.0.weight"].shape[1], width=width,
+            layers=count(own, r"layers\.\d+\.attn\.qkv\.weight"),
+            heads=2 * width // own["rope"].shape[1], ffn=len(own["layers.0.ffn.gate.weight"]),
+            mixing_layers=len(own["rope_mix"])))
+    except (KeyError, IndexError, ValueError, StopIteration) as error:
+        raise ValueError(f"{path}: cannot tell the sizes of this model: {error!r}") from None
+    fill(model, own, path)
+    tokenizer = released_tokenizer(path, {k.removeprefix("autoenc."): v for k, v in tensors.items()
+                                          if k.startswith("autoenc.")})
+    return Checkpoint(model, tokenizer, [str(i) for i in range(model.config.classes)],
+                      {"steps": 4, "cfg": 1.5, "temperature": 1.0})
+
+
+def released_tokenizer(path, tensors):
+    """A Tokenizer of the VQGAN form from the author's or LlamaGen's state dict."""
+    own = rename({k: v for k, v in tensors.items() if k not in STATISTICS},
+                 RELEASED_TOKENIZER_NAMES)
+    try:
+        levels = count(own, r"encoder\.levels\.\d+\.res\.0\.conv1\.weight")
+        codes, code_dim = own["codebook_weight"].shape
+        tokenizer = Tokenizer(TokenizerConfig(
+            codes, code_dim, stride=2 ** (levels - 1), width=len(own["encoder.conv_out.weight"]),
+            channels=tuple(len(own[f"encoder.levels.{i}.res.0.conv1.bias"]) for i in range(levels)),
+            res_blocks=count(own, r"encoder\.levels\.0\.res\.\d+\.conv1\.weight")))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: cannot tell the sizes of its tokenizer: {error!r}") from None
+    fill(tokenizer, own, path)
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """The Tokenizer in LlamaGen's vq_ds16_c2i.pt or in the author's autoencoder file: the tensors
+    lie under "state_dict", under "model" or bare. Raises ValueError for any other file."""
+    tensors = read_file(path)
+    for key in ("state_dict", "model"):
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+            break
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path}: no tokenizer: no state dict in it")
+    return released_tokenizer(path, tensors)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -785,7 +1058,7 @@ def explain():
         return " ".join(f"{place % n},{place // n}" for place in places) or "-"
 
     print("   step  scale  predicts             reads")
-    for t, (scale, start, end) in enumerate(layout.steps):
+    for t, (scale, start, end) in enumerate(layout.steps, 1):
         n = sizes[scale]
         print(f"   {t:4d}  {n}x{n}    {cells(layout.here[start:end], n):19s}  "
               f"{cells(layout.before[start:end], n)}")
@@ -823,6 +1096,16 @@ def parse_arguments(arguments):
     return parser, parser.parse_args(arguments)
 
 
+def arrange(pictures, names):
+    """One PIL image of the pictures (n, h, w, 3) of classes that took turns: a row for each class;
+    rows of eight for a single class; the picture itself when there is but one."""
+    if len(pictures) == 1:
+        return Image.fromarray(pictures[0])
+    if len(names) == 1:
+        return picture_grid(np.split(pictures, range(8, len(pictures), 8)))
+    return picture_grid([pictures[i::len(names)] for i in range(len(names))], names)
+
+
 def sample_to_file(args):
     """Sample what the command line asks for and write it. Raises ValueError for bad input."""
     extension, folder = os.path.splitext(args.out)[1], os.path.dirname(args.out) or "."
@@ -839,24 +1122,25 @@ def sample_to_file(args):
                                for key in ("steps", "cfg", "temperature"))
     layout = Layout.make(model.config.sizes, steps, device)
     labels = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)
-    codes = generate(model, tokenizer, labels, layout, args.seed, cfg=cfg, cfg_start=args.cfg_start,
-                     temperature=temperature)
+    batches = generate(model, tokenizer, labels, layout, args.seed, cfg=cfg,
+                       cfg_start=args.cfg_start, temperature=temperature)
 
     if extension == ".npz":
-        pictures = decode_scale(tokenizer, codes, layout.sizes)
-        write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
+        side = layout.sizes[-1] * tokenizer.config.stride
+        pictures = (decode_scale(tokenizer, codes, layout.sizes) for codes in batches)
+        write_whole(args.out, lambda file: save_npz(pictures, (n, side, side, 3), file))
     else:
-        frames = (progress_frames(tokenizer, codes, layout) if extension == ".gif"
-                  else [decode_scale(tokenizer, codes, layout.sizes)])
-        if n == 1:
-            images = [Image.fromarray(frame[0]) for frame in frames]
-        elif len(classes) == 1:  # rows of 8
-            images = [picture_grid(np.split(frame, range(8, n, 8))) for frame in frames]
-        else:                    # a row for each class; they took turns
-            images = [picture_grid([frame[i::len(classes)] for i in range(len(classes))],
-                                   [names[c] for c in classes]) for frame in frames]
-        save = save_gif if extension == ".gif" else lambda images, file: images[0].save(file, "PNG")
-        write_whole(args.out, lambda file: save(images, file))
+        codes, rows = torch.cat(list(batches)), [names[c] for c in classes]
+        if extension == ".gif":
+            frames = progress_frames(tokenizer, codes, layout)
+            images = [arrange(frame, rows) for frame in frames]
+            write_whole(args.out, lambda file: save_gif(images, file))
+        else:
+            image = arrange(decode_scale(tokenizer, codes, layout.sizes), rows)
+            write_whole(args.out, lambda file: image.save(file, "PNG"))
+    if cfg > 0 and args.cfg_start >= len(layout.steps):
+        print(f"note: there are {len(layout.steps)} steps, so guidance from --cfg-start "
+              f"{args.cfg_start} on never begins")
     print(f"wrote {args.out}: {n} images of {len(classes)} classes, {len(layout.steps)} steps each "
           f"({steps} per scale), cfg {cfg:g}, temperature {temperature:g}, seed {args.seed}")
 
@@ -868,7 +1152,7 @@ def main(arguments=None):
         return explain()
     try:
         sample_to_file(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

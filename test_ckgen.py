@@ -1,5 +1,6 @@
 """What must stay true of ckgen, as properties of the paper. Run: python -m pytest -q test_ckgen.py"""
 
+import argparse
 import csv
 import inspect
 import itertools
@@ -343,13 +344,173 @@ def test_progress_frames_show_only_what_was_sampled():
     assert len(frames) == len(layout.steps) == 9
     assert np.array_equal(frames[-1], ckgen.decode_scale(tokenizer, codes, layout.sizes))
     for frame, (scale, start, end) in zip(frames, layout.steps):
-        shown = (frame != 127).any(-1).mean()
+        shown = (frame != 128).any(-1).mean()
         n = layout.sizes[scale]
         assert abs(shown - (end - (1, 2, 6)[scale]) / n ** 2) < 0.02, (scale, start, shown)
         later = codes.clone()
         later[:, layout.here[end:]] = 0
         assert np.array_equal(frame, ckgen.progress_frames(tokenizer, later, layout)[
             layout.steps.index((scale, start, end))])
+
+
+# ------------------------------------------------------------------------------------------------
+# Released models
+
+
+def released_shapes(D=32, H=2, V=24, classes=5, layers=3, ffn=48, mixing=2, L=21, ch=32, levels=2, z=64):
+    """Keys and shapes of a small model in the author's format."""
+    shapes = {"empty_token_emb": [D], "empty_token_pos": [D], "llama.norm.weight": [D],
+              "llama.rotary_emb.mixing_coeffs": [mixing, H],
+              "llama.rotary_emb.position_embeddings.parametrizations.weight.original": [L + 2, 2 * D // H],
+              "class_embeddings.weight": [classes + 1, D], "embed_positions.weight": [L, D]}
+    for i in range(layers):
+        layer = f"llama.layers.{i}."
+        shapes |= {layer + "attention.wqkv.weight": [3 * D, D], layer + "attention.wo.weight": [D, D],
+                   layer + "feed_forward.w1.weight": [ffn, D], layer + "feed_forward.w2.weight": [D, ffn],
+                   layer + "feed_forward.w3.weight": [ffn, D],
+                   layer + "attention_norm.weight": [D], layer + "ffn_norm.weight": [D]}
+        for part in ("input", "post_attention"):
+            shapes |= {f"{layer}{part}_modulation.adaLN_modulation.1.weight": [2 * D, D],
+                       f"{layer}{part}_modulation.adaLN_modulation.1.bias": [2 * D]}
+    for name, o, i in (("embed_codevecs_mlp.net.0", 64, 8), ("embed_codevecs_mlp.net.2", 64, 64),
+                       ("embed_codevecs_mlp.net.4", D, 64), ("src_latents_proj", D, D),
+                       ("combine_inputs", D, 4 * D), ("lm_head", V, D)):
+        shapes |= {name + ".weight": [o, i], name + ".bias": [o]}
+    convolutions = [("encoder.conv_in", ch, 3, 3), ("encoder.conv_out", z, ch, 3), ("decoder.conv_in", ch, z, 3),
+                    ("decoder.conv_out", 3, ch, 3), ("quant_conv", 8, z, 1), ("post_quant_conv", z, 8, 1),
+                    ("encoder.conv_blocks.0.downsample.conv", ch, ch, 3),
+                    ("decoder.conv_blocks.0.upsample.conv", ch, ch, 3)]
+    norms = ["encoder.norm_out", "decoder.norm_out"]
+    residual = [f"{side}.conv_blocks.{i}.res.{j}" for side, count in (("encoder", 1), ("decoder", 2))
+                for i in range(levels) for j in range(count)]
+    for block in residual + [f"{side}.mid.{i}" for side in ("encoder", "decoder") for i in (0, 2)]:
+        convolutions += [(f"{block}.conv{i}", ch, ch, 3) for i in (1, 2)]
+        norms += [f"{block}.norm{i}" for i in (1, 2)]
+    for block in ("encoder.conv_blocks.1.attn.0", "decoder.conv_blocks.0.attn.0", "decoder.conv_blocks.0.attn.1",
+                  "encoder.mid.1", "decoder.mid.1"):
+        convolutions += [(f"{block}.{name}", ch, ch, 1) for name in ("q", "k", "v", "proj_out")]
+        norms += [f"{block}.norm"]
+    for name, o, i, k in convolutions:
+        shapes |= {f"autoenc.{name}.weight": [o, i, k, k], f"autoenc.{name}.bias": [o]}
+    for name in norms:
+        shapes |= {f"autoenc.{name}.weight": [ch], f"autoenc.{name}.bias": [ch]}
+    return shapes | {"autoenc.quantize.embedding.parametrizations.weight.original": [V, 8],
+                     "autoenc.quantize.initialized": [], "autoenc.cluster_usage_train": [V]}
+
+
+def released_file(path, **changes):
+    """Write a random model in the author's format, as the author's program would."""
+    tensors = {key: torch.randn(shape) for key, shape in released_shapes().items()} | changes
+    args = argparse.Namespace(batch_size=64)
+    torch.save({"model": {k: v for k, v in tensors.items() if v is not None}, "model_ema": None, "args": args}, path)
+    return tensors
+
+
+def test_released_tensors_land_in_their_places(tmp_path):
+    theirs = released_file(tmp_path / "checkpoint-last.pth")
+    model, tokenizer, classes, defaults = ckgen.load(tmp_path / "checkpoint-last.pth")
+    assert model.config == Config((1, 2, 4), 5, 24, 8, 32, 3, 2, 48, 2)
+    assert tokenizer.config == TokenizerConfig(24, 8, 2, 64, (32, 32), 1)
+    assert classes == ["0", "1", "2", "3", "4"] and defaults["cfg"] == 1.5
+    places = {"llama.layers.1.attention.wqkv.weight": model.layers[1].attn.qkv.weight,
+              "llama.layers.1.attention.wo.weight": model.layers[1].attn.out.weight,
+              "llama.layers.2.feed_forward.w1.weight": model.layers[2].ffn.gate.weight,
+              "llama.layers.2.feed_forward.w3.weight": model.layers[2].ffn.up.weight,
+              "llama.layers.2.feed_forward.w2.weight": model.layers[2].ffn.down.weight,
+              "llama.layers.0.attention_norm.weight": model.layers[0].attn_norm.norm.weight,
+              "llama.layers.0.ffn_norm.weight": model.layers[0].ffn_norm.norm.weight,
+              "llama.layers.0.input_modulation.adaLN_modulation.1.bias": model.layers[0].attn_norm.shift_scale.bias,
+              "llama.layers.0.post_attention_modulation.adaLN_modulation.1.bias":
+                  model.layers[0].ffn_norm.shift_scale.bias,
+              "llama.rotary_emb.mixing_coeffs": model.rope_mix, "llama.norm.weight": model.norm.weight,
+              "llama.rotary_emb.position_embeddings.parametrizations.weight.original": model.rope,
+              "embed_positions.weight": model.pos_embed, "class_embeddings.weight": model.class_embed.weight,
+              "empty_token_emb": model.empty_code, "empty_token_pos": model.empty_pos,
+              "embed_codevecs_mlp.net.2.weight": model.unfold[2].weight, "src_latents_proj.bias": model.up_proj.bias,
+              "combine_inputs.weight": model.combine.weight, "lm_head.weight": model.head.weight,
+              "autoenc.quantize.embedding.parametrizations.weight.original": tokenizer.codebook_weight,
+              "autoenc.quant_conv.weight": tokenizer.to_latent.weight,
+              "autoenc.post_quant_conv.bias": tokenizer.from_latent.bias,
+              "autoenc.encoder.mid.1.proj_out.weight": tokenizer.encoder.mid[1].out.weight,
+              "autoenc.encoder.conv_blocks.0.downsample.conv.weight": tokenizer.encoder.levels[0].resample.conv.weight,
+              "autoenc.decoder.conv_blocks.0.attn.1.q.weight": tokenizer.decoder.levels[0].attn[1].q.weight,
+              "autoenc.decoder.conv_blocks.1.res.1.conv2.weight": tokenizer.decoder.levels[1].res[1].conv2.weight}
+    for key, place in places.items():
+        assert torch.equal(theirs[key], place), key
+    ours = sum(tensor.numel() for part in (model, tokenizer) for tensor in part.state_dict().values())
+    assert ours == sum(tensor.numel() for tensor in theirs.values()) - 24 - 1      # but for two statistics
+
+
+def test_older_released_files_lack_a_projection(tmp_path):
+    released_file(tmp_path / "old.pth", **{"src_latents_proj.weight": None, "src_latents_proj.bias": None})
+    model = ckgen.load(tmp_path / "old.pth").model
+    assert torch.equal(model.up_proj.weight, torch.eye(32)) and not model.up_proj.bias.any()
+
+
+@pytest.mark.parametrize("layout", ["state_dict", "model", None])
+def test_tokenizer_files_in_three_layouts(tmp_path, layout):
+    tensors = {key.removeprefix("autoenc."): torch.randn(shape) for key, shape in released_shapes().items()
+               if key.startswith("autoenc.")}
+    if layout == "model":                                    # as in LlamaGen's file
+        tensors["quantize.embedding.weight"] = tensors.pop("quantize.embedding.parametrizations.weight.original")
+        tensors["quantize.codebook_used"] = torch.zeros(7)
+    torch.save({layout: tensors} if layout else tensors, tmp_path / "tokenizer.pt")
+    tokenizer = ckgen.load_tokenizer(tmp_path / "tokenizer.pt")
+    assert torch.equal(tokenizer.decoder.conv_out.weight, tensors["decoder.conv_out.weight"])
+    codes = tokenizer.encode_pyramid(torch.rand(2, 3, 8, 8) * 2 - 1, (2, 4))
+    assert codes.shape == (2, 20) and tokenizer.decode_codes(codes[:, 4:]).shape == (2, 3, 8, 8)
+
+
+GOLDEN = os.environ.get("CKGEN_GOLDEN")
+
+
+@pytest.mark.skipif(not GOLDEN, reason="CKGEN_GOLDEN names no folder with checkpoint-last.pth, autoenc/checkpoint.pth "
+                    "and expected.npz: a model in the author's released format and what the author's code says of it")
+def test_released_model_number_for_number(tmp_path):
+    expected = {key: torch.from_numpy(value) for key, value in np.load(f"{GOLDEN}/expected.npz").items()}
+    model, tokenizer, *_ = ckgen.load(f"{GOLDEN}/checkpoint-last.pth")
+    sizes, labels = model.config.sizes, expected["labels"]
+    assert list(sizes) == expected["scale_sizes"].tolist()
+    alone = ckgen.load_tokenizer(f"{GOLDEN}/autoenc/checkpoint.pth")
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer.state_dict().values(), alone.state_dict().values()))
+
+    def pyramid(key):
+        return torch.cat([expected[f"{key}_s{n}"].flatten(1) for n in sizes], 1)
+
+    with torch.no_grad():
+        codes = tokenizer.encode_pyramid(expected["images"], sizes)
+        assert torch.equal(codes, pyramid("q_inds").long())
+        for n, at in zip(sizes, ckgen.scale_slices(sizes)):
+            torch.testing.assert_close(tokenizer.decode(expected[f"zq_s{n}"]), expected[f"dec_s{n}"],
+                                       atol=1e-3, rtol=0)
+        codebook = tokenizer.codebook()
+        for P in (1, 2, 4, 8):
+            layout = Layout.make(sizes, P)
+            logits = model(codebook[codes], labels, layout)
+            torch.testing.assert_close(logits, expected[f"tf_logits_P{P}"], atol=1e-3, rtol=0)
+            loss, by_scale = ckgen.loss_by_scale(logits, codes, layout)
+            torch.testing.assert_close(loss, expected[f"tf_loss_P{P}"].float(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(by_scale, expected[f"tf_loss_by_scale_P{P}"].float(), atol=1e-4, rtol=0)
+    for (name, cfg), P in itertools.product({"cfg0": 0.0, "cfg1p5": 1.5}.items(), (4, 8)):
+        drawn, entropy = ckgen.sample(model, codebook, labels, Layout.make(sizes, P), cfg, temperature=0,
+                                      return_entropy=True)
+        assert torch.equal(drawn, pyramid(f"am_{name}_P{P}_tokens").long())
+        torch.testing.assert_close(entropy, pyramid(f"am_{name}_P{P}_entropy"), atol=1e-3, rtol=0)
+        ckgen.main([f"{GOLDEN}/checkpoint-last.pth", "--class", str(labels[0].item()), "--n", "1", "--steps", str(P),
+                    "--cfg", str(cfg), "--temperature", "0", "--out", str(tmp_path / "one.png"), "--device", "cpu"])
+        picture = np.asarray(Image.open(tmp_path / "one.png")).astype(int).transpose(2, 0, 1)
+        assert abs(picture - expected[f"am_{name}_P{P}_image_u8"][0].numpy()).max() <= 1
+
+
+def test_bad_released_files(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    released_file(tmp_path / "ok.pth")
+    released_file(tmp_path / "missing.pth", **{"lm_head.bias": None, "llama.norm.weight": None})
+    released_file(tmp_path / "shape.pth", **{"combine_inputs.weight": torch.zeros(32, 96)})
+    for arguments, complaint in (
+            (["missing.pth"], "norm.weight missing"), (["shape.pth"], "combine.weight of shape (32, 96)"),
+            (["ok.pth", "--class", "5"], "--class 5"), (["ok.pth", "--class", "dog"], "--class dog")):
+        refuse(ckgen.main, arguments, complaint, tmp_path, capfd)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -436,7 +597,7 @@ def miniature(monkeypatch):
 
 def weights(folder):
     state = ckgen.read_checkpoint(os.path.join(folder, "checkpoint.pt"))
-    return {f"{part}.{key}": value for part in ("tokenizer", "model") for key, value in state[part].items()}
+    return {f"{part}.{key}": value for part in ("tokenizer", "transformer") for key, value in state[part].items()}
 
 
 @pytest.mark.parametrize("stop", [3, 9, 13, 19, 23])
@@ -497,8 +658,8 @@ def test_a_loss_that_is_no_number_stops_the_run(miniature, tmp_path, monkeypatch
     monkeypatch.setattr(train_tiny, "training_loss", lambda *rest: [x * float("nan") for x in loss(*rest)])
     with pytest.raises(SystemExit) as stopped:
         miniature("--out", tmp_path / "run")
-    assert re.search(r"transformer is nan at step 0.*checkpoint\.pt.*'tokenizer': 12", stopped.value.code)
-    assert "model" not in ckgen.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert re.search(r"transformer is nan at step 0.*checkpoint\.pt, has 12 steps of the tokenizer", stopped.value.code)
+    assert "transformer" not in ckgen.read_checkpoint(tmp_path / "run" / "checkpoint.pt")
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -536,6 +697,17 @@ def test_reads_whatever_pillow_opens(tmp_path):
     assert read["turned.png"][2, 0].min() > 200 and read["turned.png"][0, 7].min() > 150  # blue on top
 
 
+def test_ten_crops():
+    images = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6).expand(2, 3, 6, 6)
+    data = train_tiny.Data(images, torch.zeros(2), torch.zeros(0, 3, 4, 4), torch.zeros(0), ["a"])
+    crops = [data.crop(slice(None), view) for view in range(data.views)]
+    assert len(crops) == 10 and all(crop.shape == (2, 3, 4, 4) for crop in crops)
+    assert [crop[0, 0, 0, 0].item() for crop in crops[:5]] == [0, 2, 12, 14, 7]     # corners, then centre
+    assert all(torch.equal(plain.flip(-1), mirrored) for plain, mirrored in zip(crops[:5], crops[5:]))
+    toy = train_tiny.Data(images, torch.zeros(2), images[:0], torch.zeros(0), ["a"])
+    assert toy.views == 1 and torch.equal(toy.crop(slice(None), 0), images)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """A folder of 3 classes with 40 pictures each."""
@@ -551,7 +723,7 @@ def test_folder_data(pictures, capsys):
     (pictures / "bee" / "broken.png").write_bytes(b"\x89PNG broken")
     data = train_tiny.folder_data(str(pictures), 8)
     assert data.classes == ["ant", "bee", "cat"]
-    assert data.images.shape == (114, 3, 8, 8) and data.held_out.shape == (6, 3, 8, 8)
+    assert data.images.shape == (114, 3, 9, 9) and data.held_out.shape == (6, 3, 8, 8)
     assert torch.bincount(data.held_out_labels).tolist() == [2, 2, 2]
     assert "broken.png" in capsys.readouterr().err
     (pictures / "cat" / "broken.png").write_bytes(b"")
@@ -614,7 +786,7 @@ def checkpoint(tmp_path_factory):
     options = {"scale": "2", "seed": 0, "data": "toy", "image_size": 16}
     data = train_tiny.Data(*train_tiny.draw_shapes(3, 16, 0), *train_tiny.draw_shapes(3, 16, 1), ["star", "7", "ring"])
     state = train_tiny.new_state(recipe, options, data, 4)
-    state["model"] = Checkerboard(Config(**state["model_config"])).state_dict()
+    state["transformer"] = Checkerboard(Config(**state["transformer_config"])).state_dict()
     state["tokenizer"] = Tokenizer(TokenizerConfig(**state["tokenizer_config"])).state_dict()
     torch.save(state, path)
     return path
@@ -668,8 +840,8 @@ def test_bad_input_to_the_sampler(checkpoint, tmp_path, monkeypatch, capfd, argu
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_bytes(b"this is no checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    torch.save({key: value for key, value in state.items() if key != "model"}, tmp_path / "early.pt")
-    torch.save({"format": ckgen.FORMAT, "model": Evil()}, tmp_path / "evil.pt")
+    torch.save({key: value for key, value in state.items() if key != "transformer"}, tmp_path / "early.pt")
+    torch.save({"format": ckgen.FORMAT, "transformer": Evil()}, tmp_path / "evil.pt")
     refuse(ckgen.main, arguments, complaint, tmp_path, capfd)
 
 

@@ -53,6 +53,7 @@ class Recipe:
     iters: int
     batch_size: int
     lr: float                   # of AdamW
+    drops: tuple = ()           # (share of the run, factor on lr from there on), after a warm-up
     muon_lr: float = 0.0        # of Muon, on hidden matrices; 0: AdamW on everything
     replace_codes: float = 0.0  # share of codes replaced at random before they are upsampled
     cfg: float = 1.5            # guidance of the run's own pictures
@@ -66,24 +67,24 @@ RECIPES = {
                    muon_lr=0.03, cfg=0.5, temperature=0.6),
     "S": Recipe(width=512, layers=12, heads=16, ffn=1536, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=6000, batch_size=128, lr=1e-4,
-                replace_codes=0.1),
+                drops=((100 / 110, 10 ** -0.5), (105 / 110, 0.1)), replace_codes=0.1),
     "L": Recipe(width=1024, layers=20, heads=16, ffn=3072, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=12000, batch_size=64, lr=5e-5,
-                replace_codes=0.1),
+                drops=((200 / 210, 0.2),), replace_codes=0.1),
 }
 
 
 def learning_rate(recipe, step, iters):
     """The factor on the learning rate at a step.
 
-    tiny: 20 steps of warm-up, then linearly down to zero. S and L (Sec. 4.1): constant after a
-    warm-up of a hundredth of the run (one epoch in the author's code), then two drops, by 10 ** 0.5
-    each, over the last 10 of 110 epochs.
+    tiny: 20 steps of warm-up, then linearly down to zero. S and L (Sec. 4.1): a warm-up of a
+    hundredth of the run (one epoch in the author's code), then constant with drops near the end, S
+    100 + 5 + 5 epochs, L 200 + 10. The paper halves L's last ten once more by a larger batch.
     """
-    if recipe.muon_lr:
+    if not recipe.drops:
         return min(1.0, (step + 1) / 20) * (1 - step / iters)
-    warm_up = min(1.0, (step + 1) / max(1, iters // 100))
-    return warm_up * 10 ** -(0.5 * ((step >= iters * 100 / 110) + (step >= iters * 105 / 110)))
+    reached = [factor for share, factor in recipe.drops if step >= share * iters]
+    return min(1.0, (step + 1) / max(1, iters // 100)) * min(reached, default=1.0)
 
 
 def seeded(seed, stage, step):
@@ -92,17 +93,35 @@ def seeded(seed, stage, step):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Data: (n, 3, S, S) uint8 images and (n,) labels.
+# 2. Data.
 
 
 @dataclass
 class Data:
-    """Images to train on, images held out, and the names of their classes."""
-    images: torch.Tensor           # (n, 3, S, S) uint8
+    """Images to train on, images held out, and the names of their classes.
+
+    Toy shapes are trained on as they are. Pictures of one's own are kept a little larger than the S
+    pixels of the model, and trained on as ten crops (Sec. 4.1).
+    """
+    images: torch.Tensor           # (n, 3, S, S) or larger, uint8
     labels: torch.Tensor           # (n,)
-    held_out: torch.Tensor         # (m, 3, S, S) uint8, m may be 0
+    held_out: torch.Tensor         # (m, 3, S, S), uint8; m may be 0
     held_out_labels: torch.Tensor  # (m,)
     classes: list
+
+    @property
+    def views(self):
+        """How many crops there are of an image: 1 or 10."""
+        return 10 if self.images.shape[-1] > self.held_out.shape[-1] else 1
+
+    def crop(self, some, view=4):
+        """Crops (k, 3, S, S) of images[some]: views 0 to 3 are the corners, 4 is the centre, 5 to 9
+        are the same five mirrored."""
+        images, S = self.images[some], self.held_out.shape[-1]
+        rest = images.shape[-1] - S
+        y, x = ((0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2))[view % 5]
+        images = images[..., y:y + S, x:x + S]
+        return images.flip(-1) if view >= 5 else images
 
 
 SHAPES = ["circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent"]
@@ -187,7 +206,10 @@ def read_image(path, size):
 
 def folder_data(folder, image_size):
     """The pictures of a folder with one folder per class; 5 % of each class, 2000 at most in all,
-    are held out. Raises ValueError for a folder that will not do. Hidden files are passed over."""
+    are held out. Raises ValueError for a folder that will not do. Hidden files are passed over.
+
+    A picture is kept at 281/256 of the image size, as the paper's ten crops of 256 pixels have it.
+    """
     if not os.path.isdir(folder):
         raise ValueError(f"--data {folder}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(folder)
@@ -196,27 +218,29 @@ def folder_data(folder, image_size):
         raise ValueError(f"--data {folder}: no class folders; put pictures into {folder}/<class>/")
     files = [(os.path.join(folder, name, file), label) for label, name in enumerate(classes)
              for file in sorted(os.listdir(os.path.join(folder, name))) if not file.startswith(".")]
-    images, labels, bad = [], [], []
+    images, labels, bad, side = [], [], [], max(image_size + 1, round(image_size * 281 / 256))
     for path, label in tqdm(files, desc="reading images", unit="img"):
         try:
-            images.append(read_image(path, image_size))
+            images.append(read_image(path, side))
             labels.append(label)
         except Exception as error:  # a damaged file can raise nearly anything
             tqdm.write(f"skipped {path}: {' '.join(str(error).split())}", sys.stderr)
             bad.append(path)
-    for label in set(range(len(classes))) - set(labels):
-        raise ValueError(f"--data {folder}: no picture in its class folder {classes[label]}")
+    if bare := sorted(set(range(len(classes))) - set(labels)):
+        raise ValueError(f"--data {folder}: no picture in its class folder {classes[bare[0]]}")
     if len(bad) > 0.01 * len(files):
         raise ValueError(f"--data {folder}: {len(bad)} of {len(files)} files cannot be read, more "
                          f"than 1 %; the first is {bad[0]}")
     images, labels = torch.stack(images), torch.tensor(labels)
-    share = min(0.05, 2000 / len(labels))
-    out = torch.zeros(len(labels), dtype=torch.bool)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    out, share = torch.zeros(len(labels), dtype=torch.bool), min(0.05, 2000 / len(labels))
     for label in range(len(classes)):
         members = (labels == label).nonzero().flatten()
-        shuffle = torch.randperm(len(members), generator=torch.Generator().manual_seed(label))
-        out[members[shuffle[:int(share * len(members))]]] = True
-    return Data(images[~out], labels[~out], images[out], labels[out], classes)
+        out[members[:int(share * len(members))]] = True
+    edge = (side - image_size) // 2
+    held_out = images[out][..., edge:edge + image_size, edge:edge + image_size]
+    return Data(images[~out], labels[~out], held_out, labels[out], classes)
 
 
 def as_input(images, device="cpu"):
@@ -274,7 +298,8 @@ def as_rows(maps):
 
 
 def tokenizer_loss(tokenizer, images, quantized, generator):
-    """Squared error of the reconstruction plus, when quantised, the commitment to the codes."""
+    """Squared error of the reconstruction plus, when quantised, a small one of the latents against
+    their codes (the commitment). As it goes, the codebook follows the latents."""
     latents = tokenizer.encode(images)                                      # (B, C, n, n)
     if not quantized:
         return F.mse_loss(tokenizer.decode(latents), images)
@@ -295,20 +320,20 @@ def train_tokenizer(run, data, recipe, sizes, device):
     iters, seed = recipe.tokenizer_iters, run.state["options"]["seed"]
     torch.manual_seed(seed)
     tokenizer = Tokenizer(TokenizerConfig(**run.state["tokenizer_config"])).to(device)
-    weights = [p for name, p in tokenizer.named_parameters() if name != "codebook_weight"]
-    optimizer = torch.optim.AdamW(weights, lr=3e-3, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
     first, plain = run.resume("tokenizer", tokenizer, [optimizer]), int(0.15 * iters)
     for step in (bar := run.bar("tokenizer", first, iters)):
         generator = seeded(seed, 1, step)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 * (1 - step / iters))
         if step == plain:
             some = torch.randperm(len(data.images), generator=generator)[:256]
-            images = as_input(data.images[some], device)
+            images = as_input(data.crop(some), device)
             with torch.no_grad():
                 latents = [as_rows(tokenizer.encode(tokenizer.resize(images, n))) for n in sizes]
             start_codebook(tokenizer, torch.cat(latents), generator)
         some = torch.randint(len(data.images), (recipe.tokenizer_batch,), generator=generator)
-        images = as_input(data.images[some], device)
+        view = torch.randint(data.views, (), generator=generator).item()
+        images = as_input(data.crop(some, view), device)
         n = sizes[torch.randint(len(sizes), (), generator=generator)]
         smaller = tokenizer.resize(images, n)
         loss = (tokenizer_loss(tokenizer, images, step >= plain, generator)
@@ -321,30 +346,24 @@ def train_tokenizer(run, data, recipe, sizes, device):
     return tokenizer.eval()
 
 
-@torch.no_grad()
-def encode_all(tokenizer, images, sizes, device, mirror=False):
-    """Codes of all images, (n, 1, L) or, with their mirror images, (n, 2, L); numpy uint16."""
-    codes = np.zeros((len(images), 2 if mirror else 1, sum(n * n for n in sizes)), np.uint16)
-    for start in tqdm(range(0, len(images), 128), desc="coding images", unit="batch"):
-        batch = as_input(images[start:start + 128], device)
-        for view in range(codes.shape[1]):
-            codes[start:start + 128, view] = tokenizer.encode_pyramid(batch, sizes).cpu()
-            batch = batch.flip(-1)
-    return codes
-
-
 def held_out_codes(tokenizer, data, sizes, device, most=None):
     """Codes (m, L) and labels (m,) of held-out images, at most so many of them."""
-    codes = encode_all(tokenizer, data.held_out[:most], sizes, device)
-    return torch.from_numpy(codes[:, 0].astype(np.int64)), data.held_out_labels[:most]
+    codes = [torch.zeros(0, sum(n * n for n in sizes), dtype=torch.long)]
+    for batch in data.held_out[:most].split(128) if len(data.held_out) else ():
+        codes.append(tokenizer.encode_pyramid(as_input(batch, device), sizes).cpu())
+    return torch.cat(codes), data.held_out_labels[:most]
 
 
 def code_images(run, tokenizer, data, sizes, device):
-    """codes.npy of a run: the codes (n, views, L) of its images. Pictures of one's own are seen
-    mirrored too, toy shapes are not."""
-    path, mirror = run.path("codes.npy"), run.state["options"]["data"] != "toy"
+    """codes.npy of a run: the codes (n, views, L) of all crops of its images, uint16."""
+    path = run.path("codes.npy")
     if not os.path.exists(path):
-        codes = encode_all(tokenizer, data.images, sizes, device, mirror)
+        codes = np.zeros((len(data.images), data.views, sum(n * n for n in sizes)), np.uint16)
+        for start in tqdm(range(0, len(codes), 128), desc="coding images", unit="batch"):
+            some = slice(start, start + 128)
+            for view in range(data.views):
+                batch = as_input(data.crop(some, view), device)
+                codes[some, view] = tokenizer.encode_pyramid(batch, sizes).cpu()
         ckgen.write_whole(path, lambda file: np.save(file, codes))
     return np.load(path, mmap_mode="r")
 
@@ -376,9 +395,10 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, stage, step, iters, module, optimizers):
-        """Take over the weights of a stage, "tokenizer" or "model", after so many steps; write."""
+        """Take over the weights of a stage, "tokenizer" or "transformer", after a number of steps,
+        and write."""
         self.state[stage] = module.state_dict()
-        self.state["steps"][stage] = step
+        self.state["done"][stage] = step
         self.state["optimizers"] = {} if step == iters else \
             {stage: [optimizer.state_dict() for optimizer in optimizers]}
         self.write()
@@ -389,7 +409,12 @@ class Run:
             module.load_state_dict(self.state[stage])
         for optimizer, saved in zip(optimizers, self.state["optimizers"].get(stage, [])):
             optimizer.load_state_dict(saved)
-        return self.state["steps"].get(stage, 0)
+        return self.state["done"].get(stage, 0)
+
+    def progress(self):
+        """How far the last checkpoint is, in words."""
+        return " and ".join(f"{count} steps of the {stage}"
+                            for stage, count in self.state["done"].items()) or "nothing yet"
 
     def bar(self, stage, first, iters):
         """A progress bar over the steps still to do."""
@@ -403,7 +428,7 @@ class Run:
             if not math.isfinite(value := loss.item()):
                 raise FloatingPointError(
                     f"the loss of the {stage} is {value} at step {step}; the last good checkpoint, "
-                    f"{self.path('checkpoint.pt')}, is of steps {self.state['steps']}")
+                    f"{self.path('checkpoint.pt')}, has {self.progress()}")
             bar.set_postfix(loss=f"{value:.4f}", refresh=False)
         return due
 
@@ -426,6 +451,8 @@ def training_layouts(sizes, device):
 
 def make_optimizers(model, recipe):
     """AdamW as in Sec. 4.1, weight decay 0.01 on matrices; for tiny, Muon on the hidden ones."""
+    # Muon is made for matrices that map hidden features to hidden features. Embeddings, the head,
+    # the rotary table and AdaLN's layers (which see one vector an image) are not such.
     def takes_muon(name, p):
         hidden = name.startswith("layers") and "shift_scale" not in name
         return recipe.muon_lr and p.ndim == 2 and (
@@ -495,10 +522,10 @@ def train_model(run, data, codes, tokenizer, recipe, device):
     """Train the transformer of a run on codes (n, views, L), from its last checkpoint on."""
     iters, seed, rows = recipe.iters, run.state["options"]["seed"], run.state["log"]
     torch.manual_seed(seed)
-    model = Checkerboard(Config(**run.state["model_config"])).to(device)
+    model = Checkerboard(Config(**run.state["transformer_config"])).to(device)
     codebook, layouts = tokenizer.codebook().detach(), training_layouts(model.config.sizes, device)
     optimizers = make_optimizers(model, recipe)
-    first = run.resume("model", model, optimizers)
+    first = run.resume("transformer", model, optimizers)
     fixed = Layout.make(model.config.sizes, run.state["defaults"]["steps"], device)
     unseen, unseen_labels = held_out_codes(tokenizer, data, model.config.sizes, device, most=256)
     window = run.state["window"].to(device)   # losses since the last row of the log: count and sums
@@ -519,19 +546,20 @@ def train_model(run, data, codes, tokenizer, recipe, device):
         window += torch.cat([torch.ones_like(loss)[None], loss.detach()[None], by_scale.detach()])
         due = run.watch("transformer", step, iters, loss, bar)
         if (step + 1) % max(1, iters // 100) == 0 or step + 1 == iters:
+            window = window.cpu()  # waits for the GPU, so that the clock tells the truth
             speed = (step + 1 - clock_step) * batch.numel() / (time.perf_counter() - clock)
             held_out = ""
             if (step + 1) % max(1, iters // 10) == 0 and len(unseen):
                 held_out = held_out_loss(model, codebook, unseen, unseen_labels, fixed)[0]
             rows.append(log_row(step + 1, window, model.config.sizes, held_out,
                                 recipe.lr * factor, speed))
-            window.zero_()
+            window = torch.zeros_like(window).to(device)
             clock, clock_step = time.perf_counter(), step + 1
         if due:
             run.state["window"] = window.cpu()
-            run.save("model", step + 1, iters, model, optimizers)
-            draw_samples(run, model.eval(), tokenizer)
-            model.train()
+            run.save("transformer", step + 1, iters, model, optimizers)
+            if step + 1 < iters:  # so that one can watch; the last ones are drawn by `train`
+                draw_samples(run, model, tokenizer)
             clock, clock_step = time.perf_counter(), step + 1
     return model.eval()
 
@@ -544,8 +572,9 @@ def sample_codes(run, model, tokenizer, labels, **guidance):
     """Codes for these labels, with the run's own steps, guidance and temperature unless given."""
     defaults = {**run.state["defaults"], **guidance}
     layout = Layout.make(model.config.sizes, defaults.pop("steps"), labels.device)
-    return ckgen.generate(model, tokenizer, labels, layout, run.state["options"]["seed"],
-                          **defaults), layout
+    batches = ckgen.generate(model, tokenizer, labels, layout, run.state["options"]["seed"],
+                             **defaults)
+    return torch.cat(list(batches)), layout
 
 
 def spread_classes(count, most=16):
@@ -607,7 +636,8 @@ def train_classifier(data, device, iters=1000):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iters)
     for _ in tqdm(range(iters), desc="classifier", unit="step"):
         some = torch.randint(len(data.images), (64,))
-        logits = classifier(as_input(data.images[some], device))
+        view = torch.randint(data.views, ()).item()
+        logits = classifier(as_input(data.crop(some, view), device))
         loss = F.cross_entropy(logits, data.labels[some].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -673,7 +703,7 @@ def print_quality(run, model, tokenizer, data, steps, device):
     codes, layout = sample_codes(run, model, tokenizer, labels.to(device), steps=steps)
     samples = as_images(ckgen.decode_scale(tokenizer, codes, layout.sizes))
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:10000]
-    reference = image_features(classifier, data.images[some])
+    reference = image_features(classifier, data.crop(some))
     defaults = run.state["defaults"]
     print(f"P = {steps}, {len(layout.steps)} steps, cfg {defaults['cfg']:g}, temperature "
           f"{defaults['temperature']:g}; Frechet distance to {len(reference)} training images")
@@ -738,9 +768,9 @@ def new_state(recipe, options, data, steps):
                    recipe.layers, recipe.heads, recipe.ffn)
     return {"format": ckgen.FORMAT, "options": options,
             "classes": data.classes, "images": len(data.images),
-            "tokenizer_config": asdict(tokenizer), "model_config": asdict(model),
+            "tokenizer_config": asdict(tokenizer), "transformer_config": asdict(model),
             "defaults": {"steps": steps, "cfg": recipe.cfg, "temperature": recipe.temperature},
-            "steps": {}, "optimizers": {}, "log": [], "window": torch.zeros(2 + len(sizes))}
+            "done": {}, "optimizers": {}, "log": [], "window": torch.zeros(2 + len(sizes))}
 
 
 def find_state(folder, options, overwrite):
@@ -779,9 +809,9 @@ def start_run(folder, state, recipe, options, data, steps):
                          f"{len(data.classes)} classes; the run in {folder} was begun with "
                          f"{state['images']} of {len(state['classes'])}, or other names")
     state["defaults"]["steps"] = steps or state["defaults"]["steps"]
-    done = ", ".join(f"{count} steps of the {stage}" for stage, count in state["steps"].items())
-    print(f"{folder}: going on after {done or 'nothing yet'}")
-    return Run(folder, state)
+    run = Run(folder, state)
+    print(f"{folder}: going on after {run.progress()}")
+    return run
 
 
 def train(args):
@@ -791,13 +821,13 @@ def train(args):
     name = f"{options['config']}-{args.scale}x-{os.path.basename(options['data'])}"
     folder = args.out or os.path.join("runs", name)
     state = find_state(folder, options, args.overwrite)
-    if (state and state["steps"].get("model") == recipe.iters
+    if (state and state["done"].get("transformer") == recipe.iters
             and all(os.path.exists(os.path.join(folder, name)) for name in Run.FILES)):
         print(f"{folder} is finished already:")
         return tell(folder)
     data = load_data(options["data"], recipe.image_size)
     run = start_run(folder, state, recipe, options, data, args.steps)
-    sizes = tuple(run.state["model_config"]["sizes"])
+    sizes = tuple(run.state["transformer_config"]["sizes"])
     maps = " ".join(f"{n}x{n}" for n in sizes)
     print(f"{folder}: {len(data.images)} images of {len(data.classes)} classes and "
           f"{len(data.held_out)} held out; maps {maps}; {options['config']} on {device}")
