@@ -41,6 +41,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -662,7 +663,7 @@ def loss_by_scale(logits, codes, layout):
 
 def draw(logits, temperature, generator=None):
     """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so small that float32 cannot tell
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
     return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
@@ -809,9 +810,11 @@ def write_whole(path, save):
         with open(temporary, "wb") as file:
             save(file)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error, RuntimeError):  # torch.save's word for a full disk
+            raise OSError(f"cannot write {path}: disk full?") from None
         raise
 
 
@@ -819,6 +822,9 @@ def write_whole(path, save):
 # 9. Checkpoints.
 
 FORMAT = "ckgen 1"
+ENTRIES = {"options": dict, "classes": list, "fingerprint": int, "tokenizer_config": dict,
+           "transformer_config": dict, "defaults": dict, "iters": int, "done": dict,
+           "optimizers": dict, "log": list, "window": torch.Tensor}
 
 
 class Checkpoint(NamedTuple):
@@ -854,6 +860,9 @@ def read_checkpoint(path):
     state = read_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of ckgen (no format entry {FORMAT!r})")
+    for key, kind in ENTRIES.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{path}: damaged: its entry {key!r} is no {kind.__name__}")
     return state
 
 
@@ -883,7 +892,7 @@ def from_own(path, state):
         fill(model, state["transformer"], path)
         fill(tokenizer, state["tokenizer"], path)
         return Checkpoint(model, tokenizer, state["classes"], state["defaults"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged: {error!r}") from None
 
 
@@ -997,18 +1006,25 @@ def load_tokenizer(path):
 # 10. Command line.
 
 
-def at_least(kind, low):
-    """An argparse type: a finite number of this kind (int or float), low or more."""
+def number(kind, low, high):
+    """An argparse type: a number of this kind (int or float) from low to high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not low <= value < float("inf"):
+        if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of {low} or more")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} to {high:g}")
         return value
     return parse
+
+
+def name(text):
+    """An argparse type: anything but the empty string, which an unset shell variable leaves."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def pick_device(name=None):
@@ -1077,20 +1093,21 @@ def parse_arguments(arguments):
                     "the layout and the mask (Fig. 2 and 3 of the paper) as text.",
         epilog="example: python ckgen.py runs/tiny-2x-toy/checkpoint.pt --class star ring --n 16")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="a checkpoint.pt written by train_tiny.py")
+    add("checkpoint", nargs="?", type=name, help="a checkpoint.pt written by train_tiny.py")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
         help="classes by name or number, which take turns (default: all)")
-    add("--n", type=at_least(int, 1), help="images in all (default: 8 of each class)")
-    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale, any number whatever "
-        "the training used: fewer is faster (default: the checkpoint's)")
-    add("--cfg", type=at_least(float, 0), metavar="W", help="guidance, logits = cond + W (cond - "
-        "uncond): 0 is off, W is the usual cfg scale minus 1 (default: the checkpoint's)")
-    add("--cfg-start", type=at_least(int, 0), default=5, metavar="STEP",
+    add("--n", type=number(int, 1, 10 ** 7), help="images in all (default: 8 of each class)")
+    add("--steps", type=number(int, 1, 10 ** 6), metavar="P", help="steps per scale, any number, "
+        "whatever the training used: fewer is faster (default: the checkpoint's)")
+    add("--cfg", type=number(float, 0, 1000), metavar="W", help="guidance, logits = cond + W (cond "
+        "- uncond): 0 is off, W is the usual cfg scale minus 1 (default: the checkpoint's)")
+    add("--cfg-start", type=number(int, 0, 10 ** 6), default=5, metavar="STEP",
         help="first steps without guidance, counted over all scales (default: 5)")
-    add("--temperature", type=at_least(float, 0), metavar="T", help="divides the logits; 0 takes "
-        "the likeliest code (default: the checkpoint's)")
-    add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same images")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--temperature", type=number(float, 0, 100), metavar="T", help="divides the logits; 0 "
+        "takes the likeliest code (default: the checkpoint's)")
+    add("--seed", type=number(int, 0, 10 ** 9), default=0,
+        help="same seed, same machine: same images")
+    add("--device", type=name, help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--out", default="samples.png", help=".png: a grid, or the image itself for --n 1; .gif: "
         "the steps; .npz: uint8 NHWC under arr_0 (default: samples.png)")
     return parser, parser.parse_args(arguments)
@@ -1108,11 +1125,14 @@ def arrange(pictures, names):
 
 def sample_to_file(args):
     """Sample what the command line asks for and write it. Raises ValueError for bad input."""
-    extension, folder = os.path.splitext(args.out)[1], os.path.dirname(args.out) or "."
+    extension = os.path.splitext(args.out)[1].lower()
+    folder = os.path.dirname(args.out) or "."
     if extension not in (".png", ".gif", ".npz"):
         raise ValueError(f"--out {args.out}: the name must end in .png, .gif or .npz")
-    if not os.path.isdir(folder):
-        raise ValueError(f"--out {args.out}: there is no folder {folder}")
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {args.out}: there is no folder {folder} that can be written to")
+    if os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out}: is a folder")
     device = pick_device(args.device)
     model, tokenizer, names, defaults = load(args.checkpoint, device)
     classes = pick_classes(args.classes, names)
@@ -1154,6 +1174,9 @@ def main(arguments=None):
         sample_to_file(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; nothing written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -298,9 +298,6 @@ def test_replaced_codes_touch_only_z_up():
     clean = model(codebook[codes], labels, layout)
     changed = (model(codebook[codes], labels, layout, codebook[noisy]) - clean).abs().amax((0, 2))
     assert not changed[:at[2].start].any() and changed[at[2]].all(), changed
-    share = (train_tiny.replace_codes(torch.zeros(100, 100, dtype=torch.long), 0.1, 17,
-                                      torch.Generator().manual_seed(0)) != 0).float().mean()
-    assert abs(share - 0.1 * 16 / 17) < 0.01, share
 
 
 @torch.no_grad()
@@ -517,23 +514,28 @@ def test_bad_released_files(tmp_path, monkeypatch, capfd):
 # Training
 
 
+def make_batch(codes, labels, layouts, classes, step, recipe=train_tiny.RECIPES["tiny"], V=17):
+    """The Batch that training draws at a step from codes (n, L)."""
+    data = train_tiny.Data(None, labels, None, None, list(range(classes)))
+    return train_tiny.draw_batch(codes[:, None].numpy().astype(np.uint16), torch.arange(len(codes)), data, layouts,
+                                 V, recipe, len(codes), train_tiny.seeded(0, 2, step))
+
+
 def test_overfits_a_handful_of_images_and_gives_them_back():
     images, labels = train_tiny.draw_shapes(4, 16, seed=0)
     torch.manual_seed(0)
     sizes, tokenizer = (1, 2, 4), Tokenizer(TokenizerConfig(codes=64))
     codes = tokenizer.encode_pyramid(train_tiny.as_input(images), sizes)
-    codebook, recipe = tokenizer.codebook().detach(), train_tiny.RECIPES["tiny"]
+    codebook = tokenizer.codebook()
     model = Checkerboard(Config(sizes, classes=4, codes=64, width=64, layers=2, heads=4, ffn=96))
-    optimizers = train_tiny.make_optimizers(model, replace(recipe, lr=3e-3, muon_lr=0.02))
+    optimizers = train_tiny.make_optimizers(model, train_tiny.RECIPES["tiny"])
     layouts = train_tiny.training_layouts(sizes, "cpu")
     for step in range(240):
-        for optimizer in optimizers:
+        for optimizer, rate in zip(optimizers, (3e-3, 0.02)):
             for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * (1 - step / 240) if optimizer is optimizers[0] else 0.02 * (1 - step / 240)
-        loss, _ = train_tiny.training_loss(model, codebook, codes, labels, layouts, 0.0,
-                                           train_tiny.seeded(0, 2, step))
+                group["lr"] = rate * (1 - step / 240)
         model.zero_grad()
-        loss.backward()
+        train_tiny.backward(model, codebook, make_batch(codes, labels, layouts, 4, step), 1)
         for optimizer in optimizers:
             optimizer.step()
     for steps in (1, 2, 4):
@@ -541,31 +543,50 @@ def test_overfits_a_handful_of_images_and_gives_them_back():
         loss = ckgen.loss_by_scale(model(codebook[codes], labels, layout), codes, layout)[0].item()
         drawn = ckgen.sample(model, codebook, labels, layout, temperature=0)
         assert loss < 0.05 and torch.equal(drawn, codes), (steps, loss, (drawn != codes).sum())
+        assert torch.equal(tokenizer.decode_codes(drawn[:, 5:]), tokenizer.decode_codes(codes[:, 5:]))
 
 
-def test_training_draws_P_and_drops_labels():
-    """Every power of two up to the side of the map is drawn, and a tenth of the labels is dropped."""
-    seen = []
-
-    class Spy:
-        config = Config((1, 2, 4), classes=3, codes=17)
-
-        def __call__(self, latents, labels, layout, noisy):
-            seen.append((layout, labels))
-            return torch.zeros(len(labels), 21, 17)
-
-    codes, labels, codebook = random_pyramid((1, 2, 4), B=64)
+def test_a_batch_draws_P_drops_labels_and_replaces_codes():
+    """Every power of two up to the side of the map is drawn, and a tenth of labels and codes."""
+    codes, labels, _ = random_pyramid((1, 2, 4), B=64)
     layouts = train_tiny.training_layouts((1, 2, 4), "cpu")
-    for step in range(60):
-        train_tiny.training_loss(Spy(), codebook, codes, labels, layouts, 0.0, train_tiny.seeded(0, 2, step))
-    assert {len(layout.steps) for layout, _ in seen} == {3, 1 + 2 + 2, 1 + 4 + 4}
-    dropped = torch.stack([given == 3 for _, given in seen]).float().mean().item()
+    batches = [make_batch(codes, labels, layouts, 3, step, train_tiny.RECIPES["S"]) for step in range(60)]
+    assert {len(batch.layout.steps) for batch in batches} == {3, 1 + 2 + 2, 1 + 4 + 4}
+    dropped = torch.stack([batch.labels == 3 for batch in batches]).float().mean().item()
     assert abs(dropped - 0.1) < 0.02, dropped
-    kept = torch.stack([(given == labels) | (given == 3) for _, given in seen])
-    assert kept.all()
+    replaced = torch.stack([batch.noisy != batch.codes for batch in batches]).float().mean().item()
+    assert abs(replaced - 0.1 * 16 / 17) < 0.01, replaced
+    rows = {tuple(row) for row in codes.tolist()}
+    assert all(tuple(row) in rows for batch in batches for row in batch.codes.tolist())   # never replaced
+    tiny = make_batch(codes, labels, layouts, 3, 0)
+    assert torch.equal(tiny.noisy, tiny.codes)
 
 
-@torch.no_grad()
+def test_accumulated_gradients_equal_those_of_one_batch():
+    sizes = (1, 2, 4)
+    codes, labels, codebook = random_pyramid(sizes, B=12)
+    model, layouts = small_model(sizes), train_tiny.training_layouts(sizes, "cpu")
+    gradients = []
+    for parts in (1, 3):
+        model.zero_grad()
+        losses = train_tiny.backward(model, codebook, make_batch(codes, labels, layouts, 3, 0), parts)
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()] + [losses])
+    for whole, parts in zip(*gradients):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rates_of_the_paper():
+    """Sec. 4.1, in epochs of ten steps."""
+    def rates(name, steps):
+        recipe = train_tiny.RECIPES[name]
+        return [round(recipe.lr * train_tiny.learning_rate(recipe, step, 10 * recipe.epochs), 9) for step in steps]
+
+    assert rates("S", (0, 9, 999, 1000, 1049, 1050, 1099)) == [1e-5, 1e-4, 1e-4, 3.1623e-5, 3.1623e-5, 1e-5, 1e-5]
+    assert rates("L", (0, 9, 1999, 2000, 2059)) == [5e-6, 5e-5, 5e-5, 1e-5, 1e-5]
+    parts = [train_tiny.accumulated(train_tiny.RECIPES["L"], step, 2060) for step in (0, 2049, 2050, 2059)]
+    assert parts == [1, 1, 5, 5]                             # 64 images, then 320
+
+
 def test_codebook_follows_its_latents_and_revives_unused_codes():
     torch.manual_seed(0)
     generator, tokenizer = torch.Generator().manual_seed(0), Tokenizer(TokenizerConfig(codes=16))
@@ -700,12 +721,12 @@ def test_reads_whatever_pillow_opens(tmp_path):
 def test_ten_crops():
     images = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6).expand(2, 3, 6, 6)
     data = train_tiny.Data(images, torch.zeros(2), torch.zeros(0, 3, 4, 4), torch.zeros(0), ["a"])
-    crops = [data.crop(slice(None), view) for view in range(data.views)]
+    crops = [data.crop(data.images, view) for view in range(data.views)]
     assert len(crops) == 10 and all(crop.shape == (2, 3, 4, 4) for crop in crops)
     assert [crop[0, 0, 0, 0].item() for crop in crops[:5]] == [0, 2, 12, 14, 7]     # corners, then centre
     assert all(torch.equal(plain.flip(-1), mirrored) for plain, mirrored in zip(crops[:5], crops[5:]))
     toy = train_tiny.Data(images, torch.zeros(2), images[:0], torch.zeros(0), ["a"])
-    assert toy.views == 1 and torch.equal(toy.crop(slice(None), 0), images)
+    assert toy.views == 1 and torch.equal(toy.crop(images, 0), images)
 
 
 @pytest.fixture
@@ -783,7 +804,7 @@ def checkpoint(tmp_path_factory):
     """A checkpoint of an untrained miniature."""
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
     recipe = replace(train_tiny.RECIPES["tiny"], width=32, layers=1, heads=2, ffn=48, image_size=16)
-    options = {"scale": "2", "seed": 0, "data": "toy", "image_size": 16}
+    options = {"scale": "2", "seed": 0, "data": None, "image_size": 16}
     data = train_tiny.Data(*train_tiny.draw_shapes(3, 16, 0), *train_tiny.draw_shapes(3, 16, 1), ["star", "7", "ring"])
     state = train_tiny.new_state(recipe, options, data, 4)
     state["transformer"] = Checkerboard(Config(**state["transformer_config"])).state_dict()
@@ -826,11 +847,11 @@ class Evil:
     (["short.pt"], "damaged"), (["empty.pt"], "damaged"), (["foreign.pt"], "not a checkpoint of ckgen"),
     (["early.pt"], "not come to the transformer"),
     (["ok.pt", "--class", "dog"], "star, 7, ring"), (["ok.pt", "--class", "3"], "(0 to 2)"),
-    (["ok.pt", "--n", "0"], "'0' is not a whole number of 1"), (["ok.pt", "--steps", "0"], "'0'"),
+    (["ok.pt", "--n", "0"], "'0' is not a whole number from 1"), (["ok.pt", "--steps", "0"], "'0'"),
     (["ok.pt", "--steps", "2.5"], "'2.5'"), (["ok.pt", "--cfg", "-1"], "'-1'"), (["ok.pt", "--cfg", "nan"], "nan"),
     (["ok.pt", "--temperature", "-0.1"], "-0.1"), (["ok.pt", "--temperature", "inf"], "inf"),
     (["ok.pt", "--seed", "-1"], "-1"), (["ok.pt", "--device", "toaster"], "toaster"),
-    (["ok.pt", "--out", "x.jpg"], "x.jpg"), (["ok.pt", "--out", "no/x.png"], "no folder no")])
+    (["ok.pt", "--out", "x.jpg"], "x.jpg"), (["ok.pt", "--out", "no/x.png"], "no folder no that")])
 def test_bad_input_to_the_sampler(checkpoint, tmp_path, monkeypatch, capfd, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     good = checkpoint.read_bytes()
@@ -850,7 +871,7 @@ def test_bad_input_to_the_sampler(checkpoint, tmp_path, monkeypatch, capfd, argu
     (["--lr", "nan"], "nan"), (["--scale", "5"], "5"), (["--config", "XL"], "XL"), (["--image-size", "30"], "30"),
     (["--seed", "x"], "'x'"), (["--device", "toaster"], "toaster"), (["--data", "missing"], "no such folder"),
     (["--data", "empty"], "no class folders"), (["--data", "hollow"], "no picture in its class folder b"),
-    (["--out", "hollow"], "not empty"), (["--evaluate", "missing.pt"], "no such file")])
+    (["--out", "hollow"], "not empty"), (["--data", ""], "empty"), (["--out", "hollow/a/1.png/x"], "no folder that"), (["--evaluate", "missing.pt"], "no such file")])
 def test_bad_input_to_training(tmp_path, monkeypatch, capfd, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "hollow/a", "hollow/b"):

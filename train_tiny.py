@@ -19,9 +19,15 @@ import csv
 import io
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +37,11 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import ckgen
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, at_least
+from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, name, number
 
 CHECKPOINT_SECONDS = 60
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+IN_MEMORY = 500_000_000  # bytes of pictures; more are read from their files when they are needed
 
 # ------------------------------------------------------------------------------------------------
 # 1. Recipes.
@@ -53,7 +61,9 @@ class Recipe:
     iters: int
     batch_size: int
     lr: float                   # of AdamW
-    drops: tuple = ()           # (share of the run, factor on lr from there on), after a warm-up
+    epochs: int = 0             # length of the run on an image folder with a given tokenizer
+    drops: tuple = ()           # (epoch, factor on lr from there on), after one epoch of warm-up
+    accumulate: tuple = ()      # (epoch, batches that make one step from there on)
     muon_lr: float = 0.0        # of Muon, on hidden matrices; 0: AdamW on everything
     replace_codes: float = 0.0  # share of codes replaced at random before they are upsampled
     cfg: float = 1.5            # guidance of the run's own pictures
@@ -67,24 +77,30 @@ RECIPES = {
                    muon_lr=0.03, cfg=0.5, temperature=0.6),
     "S": Recipe(width=512, layers=12, heads=16, ffn=1536, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=6000, batch_size=128, lr=1e-4,
-                drops=((100 / 110, 10 ** -0.5), (105 / 110, 0.1)), replace_codes=0.1),
+                epochs=110, drops=((100, 10 ** -0.5), (105, 0.1)), replace_codes=0.1),
     "L": Recipe(width=1024, layers=20, heads=16, ffn=3072, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=12000, batch_size=64, lr=5e-5,
-                drops=((200 / 210, 0.2),), replace_codes=0.1),
+                epochs=206, drops=((200, 0.2),), accumulate=(205, 5), replace_codes=0.1),
 }
 
 
 def learning_rate(recipe, step, iters):
     """The factor on the learning rate at a step.
 
-    tiny: 20 steps of warm-up, then linearly down to zero. S and L (Sec. 4.1): a warm-up of a
-    hundredth of the run (one epoch in the author's code), then constant with drops near the end, S
-    100 + 5 + 5 epochs, L 200 + 10. The paper halves L's last ten once more by a larger batch.
+    tiny: 20 steps of warm-up, then linearly down to zero. S and L (Sec. 4.1): one epoch of warm-up,
+    then constant, with drops near the end. A run of another length keeps the proportions.
     """
-    if not recipe.drops:
+    if not recipe.epochs:
         return min(1.0, (step + 1) / 20) * (1 - step / iters)
-    reached = [factor for share, factor in recipe.drops if step >= share * iters]
-    return min(1.0, (step + 1) / max(1, iters // 100)) * min(reached, default=1.0)
+    epoch = (step + 1) * recipe.epochs / iters
+    return min(1.0, epoch) * min((f for start, f in recipe.drops if epoch > start), default=1.0)
+
+
+def accumulated(recipe, step, iters):
+    """How many batches make one step. L's last five epochs have five, 320 images (Sec. 4.1), and so
+    take the steps of one: 206 epochs' worth of steps for 210."""
+    start, batches = recipe.accumulate or (0, 1)
+    return batches if (step + 1) * recipe.epochs / iters > start else 1
 
 
 def seeded(seed, stage, step):
@@ -103,21 +119,22 @@ class Data:
     Toy shapes are trained on as they are. Pictures of one's own are kept a little larger than the S
     pixels of the model, and trained on as ten crops (Sec. 4.1).
     """
-    images: torch.Tensor           # (n, 3, S, S) or larger, uint8
+    images: torch.Tensor           # (n, 3, S, S) or larger, uint8; or Pictures
     labels: torch.Tensor           # (n,)
     held_out: torch.Tensor         # (m, 3, S, S), uint8; m may be 0
     held_out_labels: torch.Tensor  # (m,)
     classes: list
+    fingerprint: int = 0           # of the names of all files, so that a run notices other data
 
     @property
     def views(self):
         """How many crops there are of an image: 1 or 10."""
         return 10 if self.images.shape[-1] > self.held_out.shape[-1] else 1
 
-    def crop(self, some, view=4):
-        """Crops (k, 3, S, S) of images[some]: views 0 to 3 are the corners, 4 is the centre, 5 to 9
-        are the same five mirrored."""
-        images, S = self.images[some], self.held_out.shape[-1]
+    def crop(self, images, view=4):
+        """Crops (k, 3, S, S) of some of the images: views 0 to 3 are the corners, 4 is the centre,
+        5 to 9 are the same five mirrored."""
+        S = self.held_out.shape[-1]
         rest = images.shape[-1] - S
         y, x = ((0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2))[view % 5]
         images = images[..., y:y + S, x:x + S]
@@ -204,43 +221,88 @@ def read_image(path, size):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def folder_data(folder, image_size):
-    """The pictures of a folder with one folder per class; 5 % of each class, 2000 at most in all,
-    are held out. Raises ValueError for a folder that will not do. Hidden files are passed over.
+class Pictures:
+    """Picture files that act like a tensor (n, 3, side, side), read when they are asked for. One
+    that cannot be read is named and comes out all zero; more than 1 % of such raise ValueError."""
 
-    A picture is kept at 281/256 of the image size, as the paper's ten crops of 256 pixels have it.
-    """
+    def __init__(self, paths, side):
+        self.paths, self.shape, self.bad = paths, (len(paths), 3, side, side), set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, some):
+        """The pictures of a slice or of a tensor of indices, (k, 3, side, side) uint8."""
+        numbers = range(len(self))[some] if isinstance(some, slice) else some.tolist()
+        with ThreadPoolExecutor() as pool:  # pillow lets threads decode side by side
+            pictures = list(pool.map(self.read, numbers))
+        return torch.stack([torch.zeros(self.shape[1:], dtype=torch.uint8), *pictures])[1:]
+
+    def read(self, number):
+        """One picture (3, side, side), uint8."""
+        path = self.paths[number]
+        try:
+            return read_image(path, self.shape[-1])
+        except Exception as error:  # a damaged file can raise nearly anything
+            if number not in self.bad:
+                self.bad.add(number)
+                tqdm.write(f"skipped {path}: {' '.join(str(error).split())}", sys.stderr)
+            if len(self.bad) > 0.01 * len(self):
+                raise ValueError(f"--data: {len(self.bad)} of {len(self)} files cannot be read, "
+                                 f"more than 1 %; the last is {path}") from None
+            return torch.zeros(self.shape[1:], dtype=torch.uint8)
+
+
+def find_pictures(folder):
+    """The files of a folder with one folder per class, hidden ones passed over: paths, labels,
+    class names; shuffled, the same way each time. Raises ValueError if the folder will not do."""
     if not os.path.isdir(folder):
         raise ValueError(f"--data {folder}: no such folder")
     classes = sorted(entry.name for entry in os.scandir(folder)
                      if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise ValueError(f"--data {folder}: no class folders; put pictures into {folder}/<class>/")
+    if odd := [name for name in classes if not name.isprintable()]:
+        raise ValueError(f"--data {folder}: class folder {odd[0]!r}: its name cannot be printed")
     files = [(os.path.join(folder, name, file), label) for label, name in enumerate(classes)
              for file in sorted(os.listdir(os.path.join(folder, name))) if not file.startswith(".")]
-    images, labels, bad, side = [], [], [], max(image_size + 1, round(image_size * 281 / 256))
-    for path, label in tqdm(files, desc="reading images", unit="img"):
-        try:
-            images.append(read_image(path, side))
-            labels.append(label)
-        except Exception as error:  # a damaged file can raise nearly anything
-            tqdm.write(f"skipped {path}: {' '.join(str(error).split())}", sys.stderr)
-            bad.append(path)
-    if bare := sorted(set(range(len(classes))) - set(labels)):
-        raise ValueError(f"--data {folder}: no picture in its class folder {classes[bare[0]]}")
-    if len(bad) > 0.01 * len(files):
-        raise ValueError(f"--data {folder}: {len(bad)} of {len(files)} files cannot be read, more "
-                         f"than 1 %; the first is {bad[0]}")
-    images, labels = torch.stack(images), torch.tensor(labels)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    out, share = torch.zeros(len(labels), dtype=torch.bool), min(0.05, 2000 / len(labels))
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    return [files[i][0] for i in order], torch.tensor([files[i][1] for i in order]), classes
+
+
+def folder_data(folder, image_size):
+    """The pictures of a folder; 5 % of each class, 2000 at most in all, are held out. Raises
+    ValueError for a folder that will not do.
+
+    A picture is kept at 281/256 of the image size, as the paper's ten crops of 256 pixels have it:
+    in memory, if all of them take less than IN_MEMORY bytes, else in its file.
+    """
+    paths, labels, classes = find_pictures(folder)
+    side = max(image_size + 1, round(image_size * 281 / 256))
+    pictures, good = Pictures(paths, side), torch.ones(len(paths), dtype=torch.bool)
+    fits = len(paths) * 3 * side ** 2 < IN_MEMORY
+    if fits:
+        chunks = tqdm(range(0, len(paths), 64), desc="reading images", unit="batch")
+        pictures_read = [pictures[start:start + 64] for start in chunks]
+        good[list(pictures.bad)] = False
+    for label, name in enumerate(classes):
+        if not (labels[good] == label).any():
+            raise ValueError(f"--data {folder}: no picture in its class folder {name}")
+    out, share = torch.zeros(len(paths), dtype=torch.bool), min(0.05, 2000 / len(paths))
     for label in range(len(classes)):
-        members = (labels == label).nonzero().flatten()
+        members = (good & (labels == label)).nonzero().flatten()
         out[members[:int(share * len(members))]] = True
+    keep = good & ~out
+    if fits:
+        images = torch.cat(pictures_read)
+        pictures, held_out = images[keep], images[out]
+    else:
+        held_out = pictures[out.nonzero().flatten()]
+        pictures = Pictures([paths[i] for i in keep.nonzero().flatten().tolist()], side)
     edge = (side - image_size) // 2
-    held_out = images[out][..., edge:edge + image_size, edge:edge + image_size]
-    return Data(images[~out], labels[~out], held_out, labels[out], classes)
+    held_out = held_out[..., edge:edge + image_size, edge:edge + image_size]
+    fingerprint = zlib.crc32("\n".join(os.path.relpath(path, folder) for path in paths).encode())
+    return Data(pictures, labels[keep], held_out, labels[out], classes, fingerprint)
 
 
 def as_input(images, device="cpu"):
@@ -311,13 +373,14 @@ def tokenizer_loss(tokenizer, images, quantized, generator):
     return F.mse_loss(tokenizer.decode(straight_through), images) + 0.05 * commitment
 
 
-def train_tokenizer(run, data, recipe, sizes, device):
+def train_tokenizer(run, data, recipe, device):
     """Train the tokenizer of a run, from its last checkpoint on.
 
     Each step takes a batch at full size, and again at one random scale, since every scale is
     encoded by itself. The first 15 % train a plain autoencoder, where the codebook then starts.
     """
     iters, seed = recipe.tokenizer_iters, run.state["options"]["seed"]
+    sizes = run.state["transformer_config"]["sizes"]
     torch.manual_seed(seed)
     tokenizer = Tokenizer(TokenizerConfig(**run.state["tokenizer_config"])).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
@@ -327,13 +390,13 @@ def train_tokenizer(run, data, recipe, sizes, device):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 * (1 - step / iters))
         if step == plain:
             some = torch.randperm(len(data.images), generator=generator)[:256]
-            images = as_input(data.crop(some), device)
+            images = as_input(data.crop(data.images[some]), device)
             with torch.no_grad():
                 latents = [as_rows(tokenizer.encode(tokenizer.resize(images, n))) for n in sizes]
             start_codebook(tokenizer, torch.cat(latents), generator)
         some = torch.randint(len(data.images), (recipe.tokenizer_batch,), generator=generator)
         view = torch.randint(data.views, (), generator=generator).item()
-        images = as_input(data.crop(some, view), device)
+        images = as_input(data.crop(data.images[some], view), device)
         n = sizes[torch.randint(len(sizes), (), generator=generator)]
         smaller = tokenizer.resize(images, n)
         loss = (tokenizer_loss(tokenizer, images, step >= plain, generator)
@@ -346,6 +409,43 @@ def train_tokenizer(run, data, recipe, sizes, device):
     return tokenizer.eval()
 
 
+def refit_codebook(run, data, given, device):
+    """Train nothing but a new codebook of a given tokenizer, for one epoch of batches of 32, each
+    at a random size from one cell to all (Sec. 3.3, 4.1). It starts from encoded latents and moves
+    to the mean of the latents of each code, which is where their L2 distance to it is least."""
+    config = TokenizerConfig(**run.state["tokenizer_config"])
+    tokenizer = Tokenizer(config).to(device).eval()
+    tokenizer.load_state_dict(given.state_dict() | {"codebook_weight": tokenizer.codebook_weight})
+    first, iters = run.resume("tokenizer", tokenizer, []), max(1, len(data.images) // 32)
+    for step in (bar := run.bar("codebook", first, iters)):
+        generator = seeded(run.state["options"]["seed"], 1, step)
+        some = torch.randint(len(data.images), (32,), generator=generator)
+        view = torch.randint(data.views, (), generator=generator).item()
+        images = as_input(data.crop(data.images[some], view), device)
+        n = torch.randint(images.shape[-1] // config.stride, (), generator=generator).item() + 1
+        with torch.no_grad():
+            if step == 0:
+                start_codebook(tokenizer, as_rows(tokenizer.encode(images)), generator)
+            latents = tokenizer.encode(tokenizer.resize(images, n))         # (32, C, n, n)
+            codes = tokenizer.quantize(latents)
+            nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)
+            update_codebook(tokenizer, as_rows(latents), codes.flatten(), generator)
+        if run.watch("codebook", step, iters, (latents - nearest).square().sum(1).mean(), bar):
+            run.save("tokenizer", step + 1, iters, tokenizer, [])
+    return tokenizer
+
+
+def make_tokenizer(run, data, given, recipe, device):
+    """The tokenizer of a run: trained on its images, given, or given with a refitted codebook."""
+    if given is None:
+        return train_tokenizer(run, data, recipe, device)
+    if run.state["options"]["refit_codebook"]:
+        return refit_codebook(run, data, given, device)
+    if "tokenizer" not in run.state:
+        run.save("tokenizer", 0, 0, given, [])
+    return given
+
+
 def held_out_codes(tokenizer, data, sizes, device, most=None):
     """Codes (m, L) and labels (m,) of held-out images, at most so many of them."""
     codes = [torch.zeros(0, sum(n * n for n in sizes), dtype=torch.long)]
@@ -354,18 +454,52 @@ def held_out_codes(tokenizer, data, sizes, device, most=None):
     return torch.cat(codes), data.held_out_labels[:most]
 
 
-def code_images(run, tokenizer, data, sizes, device):
-    """codes.npy of a run: the codes (n, views, L) of all crops of its images, uint16."""
-    path = run.path("codes.npy")
-    if not os.path.exists(path):
-        codes = np.zeros((len(data.images), data.views, sum(n * n for n in sizes)), np.uint16)
-        for start in tqdm(range(0, len(codes), 128), desc="coding images", unit="batch"):
-            some = slice(start, start + 128)
-            for view in range(data.views):
-                batch = as_input(data.crop(some, view), device)
-                codes[some, view] = tokenizer.encode_pyramid(batch, sizes).cpu()
-        ckgen.write_whole(path, lambda file: np.save(file, codes))
-    return np.load(path, mmap_mode="r")
+UNREADABLE = 65535  # the codes of a picture that could not be read
+
+
+def code_images(run, tokenizer, data, device):
+    """Make codes.npy of a run: the codes (n, views, L) of all crops of its images, uint16.
+
+    Written in chunks to codes.npy.tmp, whose length tells where to go on. Raises ValueError when
+    the disk has no room for it.
+    """
+    path, sizes = run.path("codes.npy"), run.state["transformer_config"]["sizes"]
+    shape = (len(data.images), data.views, sum(n * n for n in sizes))
+    if os.path.exists(path):
+        return
+    header, row = io.BytesIO(), 2 * shape[1] * shape[2]
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<u2", "fortran_order": False, "shape": shape})
+    with open(f"{path}.tmp", "ab") as file:
+        if file.tell() < header.tell():
+            file.truncate(0)
+            file.write(header.getvalue())
+        first = (file.tell() - header.tell()) // row
+        file.truncate(header.tell() + first * row)
+        need, free = (shape[0] - first) * row / 1e9, shutil.disk_usage(run.folder).free / 1e9
+        if need > 0.1:
+            tqdm.write(f"{path}: {need:.1f} GB to write, {free:.1f} GB free", sys.stderr)
+        if need > free:
+            raise ValueError(f"{path}: takes {need:.1f} GB more, the disk has {free:.1f} GB")
+        bar = tqdm(total=shape[0], initial=first, desc="coding images", unit="image")
+        for start in range(first, shape[0], 32):
+            some = slice(start, min(start + 32, shape[0]))
+            file.write(code_chunk(tokenizer, data, some, sizes, device).tobytes())
+            bar.update(some.stop - some.start)
+        bar.close()
+    os.replace(f"{path}.tmp", path)
+
+
+def code_chunk(tokenizer, data, some, sizes, device):
+    """The codes (k, views, L) of a slice of the images."""
+    images = data.images[some]
+    codes = [tokenizer.encode_pyramid(as_input(data.crop(images, view), device), sizes).cpu()
+             for view in range(data.views)]
+    codes = torch.stack(codes, 1).numpy().astype("<u2")
+    for number in getattr(data.images, "bad", ()):
+        if some.start <= number < some.stop:
+            codes[number - some.start] = UNREADABLE
+    return codes
 
 
 # ------------------------------------------------------------------------------------------------
@@ -385,13 +519,15 @@ class Run:
         return os.path.join(self.folder, name)
 
     def write(self):
-        """Write checkpoint.pt and log.csv."""
-        ckgen.write_whole(self.path("checkpoint.pt"), lambda file: torch.save(self.state, file))
+        """Write checkpoint.pt and log.csv; of several processes, only the first does."""
+        if RANK:
+            return
         text = io.StringIO(newline="")
         rows = self.state["log"]
         table = csv.DictWriter(text, list(rows[0]) if rows else ["step"])
         table.writeheader(), table.writerows(rows)
         ckgen.write_whole(self.path("log.csv"), lambda file: file.write(text.getvalue().encode()))
+        ckgen.write_whole(self.path("checkpoint.pt"), lambda file: torch.save(self.state, file))
         self.saved = time.monotonic()
 
     def save(self, stage, step, iters, module, optimizers):
@@ -418,7 +554,8 @@ class Run:
 
     def bar(self, stage, first, iters):
         """A progress bar over the steps still to do."""
-        return tqdm(range(first, iters), desc=stage, unit="step", initial=first, total=iters)
+        return tqdm(range(first, iters), desc=stage, unit="step", initial=first, total=iters,
+                    disable=RANK > 0)
 
     def watch(self, stage, step, iters, loss, bar):
         """Show the loss every 10 steps, and stop when it is not a number. True when a checkpoint is
@@ -486,81 +623,134 @@ def held_out_loss(model, codebook, codes, labels, layout):
     return (sums / len(codes)).tolist()
 
 
-def training_loss(model, codebook, codes, labels, layouts, share, generator):
-    """Loss of one batch with codes (B, L), and of each scale (Sec. 3.1). P is drawn, one for all
-    scales and the whole batch; a tenth of the labels is dropped, for classifier-free guidance."""
-    device, classes = codebook.device, model.config.classes
-    layout = layouts[torch.randint(len(layouts), (), generator=generator)]
-    dropped = torch.rand(len(labels), generator=generator) < 0.1
-    labels = torch.where(dropped, classes, labels).to(device)
-    noisy = None
-    if share:
-        noisy = codebook[replace_codes(codes, share, len(codebook), generator).to(device)]
-    codes = codes.to(device)
-    with autocast(device):
-        logits = model(codebook[codes], labels, layout, noisy)
-        return ckgen.loss_by_scale(logits, codes, layout)
+class Batch(NamedTuple):
+    """What one step learns from; see `draw_batch`."""
+    codes: torch.Tensor   # (B, L)
+    noisy: torch.Tensor   # (B, L), codes of which z_up is made
+    labels: torch.Tensor  # (B,)
+    layout: Layout
 
 
-def draw_batch(codes, labels, batch_size, generator):
-    """Random codes (B, L), each of a random view of its image, and their labels (B,)."""
-    some = torch.randint(len(codes), (batch_size,), generator=generator)
+def draw_batch(codes, usable, data, layouts, vocabulary, recipe, batch_size, generator):
+    """All random draws of one step (Sec. 3.1): images and their views, one P for all scales and the
+    whole batch, a tenth of the labels dropped for classifier-free guidance, replaced codes."""
+    some = usable[torch.randint(len(usable), (batch_size,), generator=generator)]
     view = torch.randint(codes.shape[1], (batch_size,), generator=generator)
-    return torch.from_numpy(codes[some.numpy(), view.numpy()].astype(np.int64)), labels[some]
+    batch = torch.from_numpy(codes[some.numpy(), view.numpy()].astype(np.int64))
+    dropped = torch.rand(batch_size, generator=generator) < 0.1
+    labels = torch.where(dropped, len(data.classes), data.labels[some])
+    layout = layouts[torch.randint(len(layouts), (), generator=generator)]
+    noisy = replace_codes(batch, recipe.replace_codes, vocabulary, generator)
+    return Batch(batch, noisy, labels, layout)
 
 
-def log_row(step, window, sizes, held_out, lr, speed):
-    """A row of log.csv; window holds a count of steps, then their summed losses: all, by scale."""
-    count, *sums = window.tolist()
-    names = ["loss"] + [f"loss_{n}x{n}" for n in sizes]
-    losses = {name: round(total / count, 4) for name, total in zip(names, sums)}
-    return {"step": step, **losses, "held_out": held_out and round(held_out, 4), "lr": f"{lr:.3g}",
-            "tokens_per_s": round(speed)}
+def training_loss(model, codebook, batch):
+    """Loss of a Batch, and of each of its scales."""
+    codes, noisy, labels = (x.to(codebook.device) for x in batch[:3])
+    with autocast(codebook.device):
+        logits = model(codebook[codes], labels, batch.layout, codebook[noisy])
+        return ckgen.loss_by_scale(logits, codes, batch.layout)
+
+
+def backward(model, codebook, batch, parts):
+    """Gradients of the mean loss of a Batch, taken in equal parts one after the other (gradient
+    accumulation). Each of several processes takes its own share of every part; DistributedData-
+    Parallel averages. Returns 1 and the losses of this process, all and by scale: (2 + scales,)."""
+    losses = 0
+    for part in range(parts):
+        mine = slice(part * WORLD + RANK, None, parts * WORLD)
+        share = Batch(*(x[mine] for x in batch[:3]), batch.layout)
+        loss, by_scale = training_loss(model, codebook, share)
+        (loss / parts).backward()
+        losses = losses + torch.cat([loss.detach()[None], by_scale.detach()]) / parts
+    return torch.cat([torch.ones_like(losses[:1]), losses])
+
+
+class Log:
+    """The rows of log.csv: a hundred over the run, ten of them with the held-out loss."""
+
+    def __init__(self, run, model, tokenizer, data, recipe, first):
+        self.run, self.model, self.recipe, self.codebook = run, model, recipe, tokenizer.codebook()
+        sizes, device = model.config.sizes, self.codebook.device
+        self.layout = Layout.make(sizes, run.state["defaults"]["steps"], device)
+        self.codes, self.labels = held_out_codes(tokenizer, data, sizes, device, most=256)
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Time from here, so that speed counts nothing but training."""
+        self.clock, self.tokens = time.perf_counter(), 0
+
+    def add(self, step, losses, tokens, factor):
+        """Take the losses of a step, (2 + scales,): 1, the loss, each scale's. Their sums since the
+        last row lie in the run's state, so that a run that was stopped logs the same."""
+        state, iters = self.run.state, self.recipe.iters
+        state["window"] = state["window"].to(losses.device) + losses
+        self.tokens += tokens
+        if (step + 1) % max(1, iters // 100) and step + 1 < iters:
+            return
+        count, *means = state["window"].tolist()  # waits for the GPU: now the clock tells the truth
+        names = ["loss"] + [f"loss_{n}x{n}" for n in self.model.config.sizes]
+        row = {"step": step + 1} | {name: round(x / count, 4) for name, x in zip(names, means)}
+        speed = round(self.tokens / (time.perf_counter() - self.clock))
+        row |= {"held_out": "", "lr": f"{self.recipe.lr * factor:.3g}", "tokens_per_s": speed}
+        if (step + 1) % max(1, iters // 10) == 0 and len(self.codes) and RANK == 0:
+            loss = held_out_loss(self.model, self.codebook, self.codes, self.labels, self.layout)[0]
+            row["held_out"] = round(loss, 4)
+        state["log"].append(row)
+        state["window"] = torch.zeros_like(losses)
+        self.restart_clock()
+
+
+def start_from(path, model):
+    """Start a model from another's weights (footnote 2: a 4x model from a 2x model's). What belongs
+    to a location is taken from the scales of the same size; a scale that is new keeps its start.
+    Raises ValueError when anything else does not fit."""
+    source = ckgen.load(path).model
+    there, here = (dict(zip(m.config.sizes, ckgen.scale_slices(m.config.sizes)))
+                   for m in (source, model))
+    weights = source.state_dict()
+    for name in ("pos_embed", "rope"):
+        table = model.state_dict()[name].cpu().clone()
+        if table.shape[1] == weights[name].shape[1]:
+            for n in here.keys() & there.keys():
+                table[here[n]] = weights[name][there[n]]
+            if name == "rope":
+                table[-2:] = weights[name][-2:]  # the class and EMPTY
+        weights[name] = table
+    ckgen.fill(model, weights, path)
 
 
 def train_model(run, data, codes, tokenizer, recipe, device):
     """Train the transformer of a run on codes (n, views, L), from its last checkpoint on."""
-    iters, seed, rows = recipe.iters, run.state["options"]["seed"], run.state["log"]
+    iters, seed = recipe.iters, run.state["options"]["seed"]
     torch.manual_seed(seed)
     model = Checkerboard(Config(**run.state["transformer_config"])).to(device)
-    codebook, layouts = tokenizer.codebook().detach(), training_layouts(model.config.sizes, device)
-    optimizers = make_optimizers(model, recipe)
+    if run.state["options"]["init"]:
+        start_from(run.state["options"]["init"], model)
+    optimizers, codebook = make_optimizers(model, recipe), tokenizer.codebook()
     first = run.resume("transformer", model, optimizers)
-    fixed = Layout.make(model.config.sizes, run.state["defaults"]["steps"], device)
-    unseen, unseen_labels = held_out_codes(tokenizer, data, model.config.sizes, device, most=256)
-    window = run.state["window"].to(device)   # losses since the last row of the log: count and sums
-    clock, clock_step = time.perf_counter(), first
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    layouts = training_layouts(model.config.sizes, device)
+    usable = torch.from_numpy(np.flatnonzero(codes[:, 0, 0] != UNREADABLE))
+    log = Log(run, model, tokenizer, data, recipe, first)
     for step in (bar := run.bar("transformer", first, iters)):
-        generator = seeded(seed, 2, step)
-        factor = learning_rate(recipe, step, iters)
+        factor, parts = learning_rate(recipe, step, iters), accumulated(recipe, step, iters)
         for optimizer, rate in zip(optimizers, (recipe.lr, recipe.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        batch, labels = draw_batch(codes, data.labels, recipe.batch_size, generator)
-        loss, by_scale = training_loss(model, codebook, batch, labels, layouts,
-                                       recipe.replace_codes, generator)
+        batch = draw_batch(codes, usable, data, layouts, len(codebook), recipe,
+                           recipe.batch_size * parts, seeded(seed, 2, step))
         model.zero_grad()
-        loss.backward()
+        losses = backward(parallel, codebook, batch, parts)
         for optimizer in optimizers:
             optimizer.step()
-        window += torch.cat([torch.ones_like(loss)[None], loss.detach()[None], by_scale.detach()])
-        due = run.watch("transformer", step, iters, loss, bar)
-        if (step + 1) % max(1, iters // 100) == 0 or step + 1 == iters:
-            window = window.cpu()  # waits for the GPU, so that the clock tells the truth
-            speed = (step + 1 - clock_step) * batch.numel() / (time.perf_counter() - clock)
-            held_out = ""
-            if (step + 1) % max(1, iters // 10) == 0 and len(unseen):
-                held_out = held_out_loss(model, codebook, unseen, unseen_labels, fixed)[0]
-            rows.append(log_row(step + 1, window, model.config.sizes, held_out,
-                                recipe.lr * factor, speed))
-            window = torch.zeros_like(window).to(device)
-            clock, clock_step = time.perf_counter(), step + 1
+        due = run.watch("transformer", step, iters, losses[1], bar)
+        log.add(step, losses, batch.codes.numel(), factor)
         if due:
-            run.state["window"] = window.cpu()
             run.save("transformer", step + 1, iters, model, optimizers)
             if step + 1 < iters:  # so that one can watch; the last ones are drawn by `train`
                 draw_samples(run, model, tokenizer)
-            clock, clock_step = time.perf_counter(), step + 1
+            log.restart_clock()
     return model.eval()
 
 
@@ -583,7 +773,9 @@ def spread_classes(count, most=16):
 
 
 def draw_samples(run, model, tokenizer):
-    """samples.png: a row of eight for each class."""
+    """samples.png: a row of eight for each class; by the first process only."""
+    if RANK:
+        return
     shown, device = spread_classes(len(run.state["classes"])), tokenizer.codebook_weight.device
     labels = torch.tensor(shown, device=device).repeat_interleave(8)
     codes, layout = sample_codes(run, model, tokenizer, labels)
@@ -595,7 +787,9 @@ def draw_samples(run, model, tokenizer):
 
 def draw_steps(run, model, tokenizer):
     """progress.gif (Fig. 1): one image of each class after every step. pyramid.png: the same images
-    once finished, every scale as a picture by itself (Sec. 3.3)."""
+    once finished, every scale as a picture by itself (Sec. 3.3). By the first process only."""
+    if RANK:
+        return
     shown, device = spread_classes(len(run.state["classes"]), 8), tokenizer.codebook_weight.device
     codes, layout = sample_codes(run, model, tokenizer, torch.tensor(shown, device=device))
     frames = ckgen.progress_frames(tokenizer, codes, layout)
@@ -637,7 +831,7 @@ def train_classifier(data, device, iters=1000):
     for _ in tqdm(range(iters), desc="classifier", unit="step"):
         some = torch.randint(len(data.images), (64,))
         view = torch.randint(data.views, ()).item()
-        logits = classifier(as_input(data.crop(some, view), device))
+        logits = classifier(as_input(data.crop(data.images[some], view), device))
         loss = F.cross_entropy(logits, data.labels[some].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -647,7 +841,10 @@ def train_classifier(data, device, iters=1000):
 
 
 def frechet_distance(a, b):
-    """Frechet distance [8] between two sets of features, (n, d) and (m, d)."""
+    """Frechet distance [8] between two sets of features, (n, d) and (m, d); n and m at least 2,
+    else it is not a number."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
     a, b = a.double(), b.double()
     product = a.T.cov() @ b.T.cov()  # the trace of its root: the sum of its eigenvalues' roots
     root = torch.linalg.eigvals(product).real.clamp(min=0).sqrt().sum()
@@ -703,7 +900,7 @@ def print_quality(run, model, tokenizer, data, steps, device):
     codes, layout = sample_codes(run, model, tokenizer, labels.to(device), steps=steps)
     samples = as_images(ckgen.decode_scale(tokenizer, codes, layout.sizes))
     some = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:10000]
-    reference = image_features(classifier, data.crop(some))
+    reference = image_features(classifier, data.crop(data.images[some]))
     defaults = run.state["defaults"]
     print(f"P = {steps}, {len(layout.steps)} steps, cfg {defaults['cfg']:g}, temperature "
           f"{defaults['temperature']:g}; Frechet distance to {len(reference)} training images")
@@ -736,53 +933,68 @@ def evaluate(args):
 
 def load_data(source, image_size):
     """The toy set, or the pictures of a folder."""
-    return toy_data(image_size) if source == "toy" else folder_data(source, image_size)
+    return folder_data(source, image_size) if source else toy_data(image_size)
 
 
-def read_recipe(args, device):
-    """The recipe of a run, and its options: what a run that goes on must not change. Raises
-    ValueError when the image size will not do."""
+def read_recipe(args, device, tokenizer):
+    """The recipe of a run, and its options: what a run that goes on must not change. tokenizer is
+    the given one or None. Raises ValueError for options that do not fit together."""
     config = args.config or ("S" if device.type == "cuda" else "tiny")
     recipe, stride = RECIPES[config], TokenizerConfig.stride
+    if tokenizer:
+        stride = tokenizer.config.stride
+        recipe = replace(recipe, image_size=256, tokenizer_codes=tokenizer.config.codes)
     given = {key: getattr(args, key) for key in ("image_size", "iters", "batch_size", "lr")
              if getattr(args, key) is not None}
     if args.lr:
         given["muon_lr"] = recipe.muon_lr * args.lr / recipe.lr
     if args.iters:
         given["tokenizer_iters"] = max(1, recipe.tokenizer_iters * args.iters // recipe.iters)
-    recipe = replace(recipe, **given)
+    recipe = replace(recipe, **given, tokenizer_codes=args.refit_codebook or recipe.tokenizer_codes)
     if recipe.image_size % stride:
         raise ValueError(f"--image-size {recipe.image_size}: must be a multiple of {stride}, the "
                          f"tokenizer's stride")
-    options = {"config": config, "scale": args.scale, "seed": args.seed,
-               "data": os.path.abspath(args.data) if args.data else "toy"}
+    if tokenizer and not args.data or args.refit_codebook and not tokenizer:
+        raise ValueError("--tokenizer needs --data, and --refit-codebook needs --tokenizer")
+    if recipe.batch_size % WORLD:
+        raise ValueError(f"--batch-size {recipe.batch_size}: must be a multiple of the {WORLD} "
+                         f"processes")
+    paths = {key: os.path.abspath(value) if (value := getattr(args, key)) else None
+             for key in ("data", "tokenizer", "init")}
+    options = {"config": config, "scale": args.scale, "seed": args.seed, **paths,
+               "refit_codebook": args.refit_codebook}
     return recipe, options | {key: getattr(recipe, key)
                               for key in ("image_size", "iters", "batch_size", "lr")}
 
 
-def new_state(recipe, options, data, steps):
-    """What the checkpoint of a run holds before its first step."""
-    tokenizer = TokenizerConfig(codes=recipe.tokenizer_codes)
+def new_state(recipe, options, data, steps, tokenizer=None):
+    """What the checkpoint of a run holds before its first step. tokenizer: a given one or None."""
+    tokenizer = replace(tokenizer.config if tokenizer else TokenizerConfig(),
+                        codes=recipe.tokenizer_codes)
     sizes = ckgen.scale_sizes(recipe.image_size // tokenizer.stride, options["scale"])
     model = Config(sizes, len(data.classes), tokenizer.codes, tokenizer.code_dim, recipe.width,
                    recipe.layers, recipe.heads, recipe.ffn)
     return {"format": ckgen.FORMAT, "options": options,
-            "classes": data.classes, "images": len(data.images),
+            "classes": data.classes, "fingerprint": data.fingerprint,
             "tokenizer_config": asdict(tokenizer), "transformer_config": asdict(model),
             "defaults": {"steps": steps, "cfg": recipe.cfg, "temperature": recipe.temperature},
-            "done": {}, "optimizers": {}, "log": [], "window": torch.zeros(2 + len(sizes))}
+            "iters": recipe.iters, "done": {}, "optimizers": {},
+            "log": [], "window": torch.zeros(2 + len(sizes))}
 
 
 def find_state(folder, options, overwrite):
     """The state of the run in a folder, None to start afresh. Raises ValueError when the folder
     holds something else, or a run with other options."""
     path = os.path.join(folder, "checkpoint.pt")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"--out {folder}: not a folder")
+    nearest = os.path.abspath(folder)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {folder}: {nearest} is no folder that can be written to")
     if overwrite:
         return None
     if not os.path.exists(path):
-        if os.path.isdir(folder) and any(not name.endswith(".tmp") for name in os.listdir(folder)):
+        if os.path.isdir(folder) and any(not file.endswith(".tmp") for file in os.listdir(folder)):
             raise ValueError(f"--out {folder}: not empty, and holds no run of this program")
         return None
     state = ckgen.read_checkpoint(path)
@@ -794,46 +1006,82 @@ def find_state(folder, options, overwrite):
     return state
 
 
-def start_run(folder, state, recipe, options, data, steps):
+def start_processes(args):
+    """The device of this process; under torchrun, join the others. Only the first one speaks."""
+    if WORLD == 1:
+        return ckgen.pick_device(args.device)
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
+    device = ckgen.pick_device(args.device or gpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                         timeout=timedelta(days=7))  # coding ImageNet takes long
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def start_run(folder, state, recipe, options, data, steps, tokenizer):
     """The Run of a folder: a new one where state is None, else the one that was begun. Raises
     ValueError when the pictures are not those it was begun with."""
     if state is None:
-        run = Run(folder, new_state(recipe, options, data, steps or 4))
+        run = Run(folder, new_state(recipe, options, data, steps or 4, tokenizer))
         os.makedirs(folder, exist_ok=True)
-        for name in filter(os.path.exists, map(run.path, Run.FILES)):
-            os.remove(name)
-        run.write()
+        run.write()  # in place of a run that was there before, whose other files then go
+        for path in map(run.path, {*Run.FILES, "codes.npy.tmp"} - {"checkpoint.pt", "log.csv"}):
+            if os.path.exists(path):
+                os.remove(path)
+        describe(run, data)
         return run
-    if (data.classes, len(data.images)) != (state["classes"], state["images"]):
-        raise ValueError(f"--data {options['data']}: {len(data.images)} pictures to train on of "
-                         f"{len(data.classes)} classes; the run in {folder} was begun with "
-                         f"{state['images']} of {len(state['classes'])}, or other names")
+    if (data.classes, data.fingerprint) != (state["classes"], state["fingerprint"]):
+        raise ValueError(f"--data {options['data']}: not the files that the run in {folder} was "
+                         f"begun with; name another folder with --out, or --overwrite it")
     state["defaults"]["steps"] = steps or state["defaults"]["steps"]
     run = Run(folder, state)
     print(f"{folder}: going on after {run.progress()}")
+    describe(run, data)
     return run
+
+
+def describe(run, data):
+    """Say what a run is about to learn from."""
+    state, maps = run.state, " ".join(f"{n}x{n}" for n in run.state["transformer_config"]["sizes"])
+    print(f"{run.folder}: {len(data.images)} images of {len(data.classes)} classes and "
+          f"{len(data.held_out)} held out; config {state['options']['config']}, "
+          f"{state['iters']} steps on maps {maps}")
 
 
 def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError for bad input."""
-    device = ckgen.pick_device(args.device)
-    recipe, options = read_recipe(args, device)
-    name = f"{options['config']}-{args.scale}x-{os.path.basename(options['data'])}"
-    folder = args.out or os.path.join("runs", name)
+    device = start_processes(args)
+    given = ckgen.load_tokenizer(args.tokenizer).to(device).eval() if args.tokenizer else None
+    recipe, options = read_recipe(args, device, given)
+    source = os.path.basename(options["data"] or "toy")
+    folder = args.out or os.path.join("runs", f"{options['config']}-{args.scale}x-{source}")
     state = find_state(folder, options, args.overwrite)
-    if (state and state["done"].get("transformer") == recipe.iters
-            and all(os.path.exists(os.path.join(folder, name)) for name in Run.FILES)):
-        print(f"{folder} is finished already:")
+    if (state and state["done"].get("transformer") == state["iters"]
+            and all(os.path.exists(os.path.join(folder, file)) for file in Run.FILES)):
+        print(f"{folder} is finished already; its pictures have P = {state['defaults']['steps']}:")
         return tell(folder)
     data = load_data(options["data"], recipe.image_size)
-    run = start_run(folder, state, recipe, options, data, args.steps)
-    sizes = tuple(run.state["transformer_config"]["sizes"])
-    maps = " ".join(f"{n}x{n}" for n in sizes)
-    print(f"{folder}: {len(data.images)} images of {len(data.classes)} classes and "
-          f"{len(data.held_out)} held out; maps {maps}; {options['config']} on {device}")
-
-    tokenizer = train_tokenizer(run, data, recipe, sizes, device)
-    codes = code_images(run, tokenizer, data, sizes, device)
+    if given and not args.iters and recipe.epochs:
+        epochs = 30 if args.init else recipe.epochs
+        recipe = replace(recipe, iters=max(1, epochs * len(data.images) // recipe.batch_size))
+    if RANK == 0:  # the first process makes the tokenizer and the codes
+        run = start_run(folder, state, recipe, options, data, args.steps, given)
+        tokenizer = make_tokenizer(run, data, given, recipe, device)
+        code_images(run, tokenizer, data, device)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    if RANK > 0:
+        run = Run(folder, ckgen.read_checkpoint(os.path.join(folder, "checkpoint.pt")))
+        tokenizer = Tokenizer(TokenizerConfig(**run.state["tokenizer_config"])).to(device).eval()
+        run.resume("tokenizer", tokenizer, [])
+    try:
+        codes = np.load(run.path("codes.npy"), mmap_mode="r")
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"{run.path('codes.npy')}: damaged; remove it, and the same command makes "
+                         f"it anew") from None
     model = train_model(run, data, codes, tokenizer, recipe, device)
     draw_samples(run, model, tokenizer)
     draw_steps(run, model, tokenizer)
@@ -842,14 +1090,14 @@ def train(args):
 
 def tell(folder):
     """Say what lies in the folder of a finished run."""
-    path = os.path.join(folder, "")
+    path, quoted = os.path.join(folder, ""), shlex.quote(os.path.join(folder, "checkpoint.pt"))
     print(f"{path}samples.png     a row of samples for each class\n"
           f"{path}progress.gif    one image of each class after every step (Fig. 1)\n"
           f"{path}pyramid.png     the same images, each scale a picture by itself\n"
           f"{path}log.csv         losses, learning rate, speed\n"
           f"{path}checkpoint.pt   all that sampling needs; next:\n"
-          f"    python ckgen.py {path}checkpoint.pt --n 16 --steps 8 --out more.png\n"
-          f"    python train_tiny.py --evaluate {path}checkpoint.pt")
+          f"    python ckgen.py {quoted} --n 16 --steps 8 --out more.png\n"
+          f"    python train_tiny.py --evaluate {quoted}")
 
 
 def parse_arguments(arguments):
@@ -862,23 +1110,34 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("--scale", choices=ckgen.SCALE_RATIOS, default="2",
         help="ratio between the scales of the pyramid; 1: a single scale (default: 2)")
-    add("--steps", type=at_least(int, 1), metavar="P", help="steps per scale for the pictures and "
-        "the held-out loss (default: 4); training draws P at random")
+    add("--steps", type=number(int, 1, 10 ** 6), metavar="P", help="steps per scale for the "
+        "pictures and the held-out loss (default: 4); training draws P at random")
     add("--config", choices=RECIPES, help="size of the model (default: S on CUDA, else tiny)")
-    add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
-    add("--image-size", type=at_least(int, 4), metavar="PIXELS",
-        help="side of the images (default: 32 for tiny, 64 for S and L)")
-    add("--out", metavar="DIR", help="the run's folder (default: runs/<config>-<scale>x-<data>)")
-    add("--iters", type=at_least(int, 1), help="steps of the transformer's training; the "
-        "tokenizer's follow in proportion (default: " + as_list("iters") + ")")
-    add("--batch-size", type=at_least(int, 1), help="images in a step of the transformer's "
+    add("--data", type=name, metavar="DIR",
+        help="your pictures, a folder per class (default: toy shapes)")
+    add("--tokenizer", type=name, metavar="FILE", help="a trained tokenizer, for 256-pixel "
+        "pictures, such as LlamaGen's vq_ds16_c2i.pt (default: train a small one)")
+    add("--refit-codebook", type=number(int, 2, 65535), metavar="CODES",
+        help="first train a new codebook for it, for one epoch (4096 in the paper)")
+    add("--init", type=name, metavar="CHECKPOINT", help="start from a trained model's weights, also "
+        "of another scale ratio (the paper's 4x model starts from its 2x model)")
+    add("--image-size", type=number(int, 4, 1024), metavar="PIXELS",
+        help="side of the images (default: 32 for tiny, 64 for S and L; 256 with --tokenizer)")
+    add("--out", type=name, metavar="DIR",
+        help="the run's folder (default: runs/<config>-<scale>x-<data>)")
+    add("--iters", type=number(int, 1, 10 ** 9), help="steps of the transformer's training; the "
+        "tokenizer's follow in proportion (default: " + as_list("iters") + "; with --tokenizer, "
+        "S and L the paper's epochs)")
+    add("--batch-size", type=number(int, 1, 10 ** 5), help="images in a step of the transformer's "
         "training (default: " + as_list("batch_size") + ")")
-    add("--lr", type=at_least(float, 1e-9), help="AdamW's learning rate; tiny's Muon follows in "
+    add("--lr", type=number(float, 1e-9, 1), help="AdamW's learning rate; tiny's Muon follows in "
         "proportion (default: " + as_list("lr") + ")")
-    add("--seed", type=at_least(int, 0), default=0, help="same seed, same machine: same weights")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--seed", type=number(int, 0, 10 ** 9), default=0,
+        help="same seed, same machine: same weights")
+    add("--device", type=name, help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--overwrite", action="store_true", help="start afresh in a used folder")
-    add("--evaluate", metavar="CHECKPOINT", help="print how good a checkpoint is; trains nothing")
+    add("--evaluate", type=name, metavar="CHECKPOINT",
+        help="print how good a checkpoint is; trains nothing")
     return parser, parser.parse_args(arguments)
 
 
