@@ -43,7 +43,7 @@ import pickle
 import re
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -183,8 +183,7 @@ def scale_slices(sizes):
 
 # ------------------------------------------------------------------------------------------------
 # 4. Tokenizer (Sec. 3.3): images to codes and back.
-
-
+#
 # Two encoder and decoder pairs: a small one that trains in a minute on a CPU, and LlamaGen's VQGAN
 # [36, 4], which the paper uses and released weights need.
 
@@ -438,7 +437,7 @@ def rope_table(sizes, head_width):
     7/8 of the angles turn with the place in the image, half with x, half with y, in cells of the
     finest map, at frequencies from 1 down to almost 1 / N**2 of a radian a cell; 1/8 turn with the
     scale, by a quarter turn a scale or less. The rows of the class and of the empty location have
-    angle zero. Paper and author's code differ only in the pairing; see `rotate`.
+    angle zero.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -654,6 +653,7 @@ def loss_by_scale(logits, codes, layout):
     """
     targets = codes[:, layout.here[1:]]                                     # (B, L) in layout order
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(0)     # (L,)
+    # the tokens of a scale fill the slice that its cells fill in the pyramid, in another order
     return losses.mean(), torch.stack([losses[at].mean() for at in scale_slices(layout.sizes)])
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -750,6 +751,135 @@ def test_folder_data(pictures, capsys):
     (pictures / "cat" / "broken.png").write_bytes(b"")
     with pytest.raises(ValueError, match="2 of 122"):
         train_tiny.folder_data(str(pictures), 8)
+
+
+# ------------------------------------------------------------------------------------------------
+# ImageNet's path: a given tokenizer, coding from files, several processes
+
+
+@pytest.fixture
+def vqgan(tmp_path):
+    """A random tokenizer of the VQGAN form, stride 2, 24 codes, in the author's format."""
+    torch.manual_seed(0)
+    tensors = {key.removeprefix("autoenc."): 0.2 * torch.randn(shape) for key, shape in released_shapes().items()
+               if key.startswith("autoenc.")}
+    torch.save({"state_dict": tensors}, tmp_path / "vqgan.pt")
+    return tmp_path / "vqgan.pt"
+
+
+def test_pictures_from_files_equal_pictures_in_memory(pictures, monkeypatch):
+    (pictures / "bee" / "broken.png").write_bytes(b"no picture")
+    memory = train_tiny.folder_data(str(pictures), 8)
+    monkeypatch.setattr(train_tiny, "IN_MEMORY", 0)
+    files = train_tiny.folder_data(str(pictures), 8)
+    assert isinstance(files.images, train_tiny.Pictures) and files.views == memory.views == 10
+    read = files.images[torch.arange(len(files.images))]
+    bad = [path.endswith("broken.png") for path in files.images.paths]
+    assert sum(bad) == 1 and files.images.bad == {bad.index(True)}
+    assert torch.equal(read[~torch.tensor(bad)], memory.images)
+    assert torch.equal(files.held_out, memory.held_out)
+
+
+def test_coding_goes_on_where_it_stopped(miniature, vqgan, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny, "IN_MEMORY", 0)
+    (pictures / "bee" / "broken.png").write_bytes(b"no picture")
+    out, chunks, code_chunk = tmp_path / "run", [], train_tiny.code_chunk
+    arguments = ["--data", pictures, "--tokenizer", vqgan, "--image-size", 8, "--iters", 2, "--out", out]
+    monkeypatch.setattr(train_tiny, "code_chunk", lambda *rest: chunks.append(rest[2]) or code_chunk(*rest))
+    miniature(*arguments)
+    assert chunks[0] == slice(0, 32) and chunks[-1].stop == 115
+    whole = (out / "codes.npy").read_bytes()
+    codes = np.load(out / "codes.npy")
+    unreadable = (codes == train_tiny.UNREADABLE).all((1, 2))
+    assert codes.shape == (115, 10, 21) and unreadable.sum() == 1 and codes[~unreadable].max() < 24
+    os.remove(out / "codes.npy")
+    row = 2 * 10 * 21
+    (out / "codes.npy.tmp").write_bytes(whole[:len(whole) - 115 * row + 40 * row + 7])   # stopped within row 40
+    chunks.clear()
+    miniature(*arguments)
+    assert chunks[0].start == 40 and (out / "codes.npy").read_bytes() == whole
+    os.remove(out / "codes.npy")
+    monkeypatch.setattr(train_tiny.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    with pytest.raises(SystemExit) as refused:
+        miniature(*arguments)
+    assert refused.value.code == 2
+
+
+def test_refitted_codebook(miniature, vqgan, pictures, tmp_path):
+    out = tmp_path / "run"
+    miniature("--data", pictures, "--tokenizer", vqgan, "--refit-codebook", 16, "--image-size", 8, "--iters", 2,
+              "--out", out)
+    given, refitted = ckgen.load_tokenizer(vqgan), ckgen.load(out / "checkpoint.pt").tokenizer
+    assert refitted.config == replace(given.config, codes=16)
+    for key, value in given.state_dict().items():            # everything but the codebook is frozen
+        assert key == "codebook_weight" or torch.equal(value, refitted.state_dict()[key]), key
+    images = train_tiny.as_input(train_tiny.folder_data(str(pictures), 8).held_out)
+
+    def error(tokenizer):
+        latents = tokenizer.encode(images)
+        nearest = tokenizer.codebook()[tokenizer.quantize(latents)].permute(0, 3, 1, 2)
+        return (latents - nearest).square().sum(1).mean().item()
+
+    assert error(refitted) < 0.5 * error(given), (error(refitted), error(given))
+
+
+def test_a_model_starts_from_one_of_another_ratio(tmp_path, checkpoint):
+    source = ckgen.load(checkpoint).model                    # sizes 1, 2, 4
+    model = Checkerboard(replace(source.config, sizes=(1, 4)))
+    before = model.pos_embed.clone()
+    train_tiny.start_from(checkpoint, model)
+    assert torch.equal(model.pos_embed[0], source.pos_embed[0])
+    assert torch.equal(model.pos_embed[1:], source.pos_embed[5:])
+    assert torch.equal(model.rope[1:], source.rope[5:])      # with the rows of class and EMPTY
+    assert torch.equal(model.layers[0].attn.qkv.weight, source.layers[0].attn.qkv.weight)
+    assert not torch.equal(model.pos_embed, before)
+    with pytest.raises(ValueError, match="do not fit"):
+        train_tiny.start_from(checkpoint, Checkerboard(replace(source.config, width=64)))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def gradients_of_one_step(sizes=(1, 2, 4)):
+    """The model, and the gradients of one batch with P fixed and no label dropped."""
+    codes, labels, codebook = random_pyramid(sizes, B=8)
+    batch = train_tiny.Batch(codes, codes, labels, Layout.make(sizes, 2))
+    model = small_model(sizes)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if train_tiny.WORLD > 1 else model
+    train_tiny.backward(parallel, codebook, batch, 2)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_two_processes_average_to_the_gradients_of_one(tmp_path):
+    program = ("import argparse, sys, torch, train_tiny, test_ckgen\n"
+               "train_tiny.start_processes(argparse.Namespace(device='cpu'))\n"
+               "torch.save(test_ckgen.gradients_of_one_step(), sys.argv[1] + str(train_tiny.RANK))\n"
+               "torch.distributed.destroy_process_group()\n")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "PYTHONPATH": HERE}
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "gradients")],
+                                  env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                 for rank in range(2)]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    alone = gradients_of_one_step()
+    for rank in range(2):
+        for one, averaged in zip(alone, torch.load(tmp_path / f"gradients{rank}", weights_only=True)):
+            torch.testing.assert_close(averaged, one, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_and_one_writes(tmp_path, pictures):
+    out = tmp_path / "run"
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", free_port(),
+         os.path.join(HERE, "train_tiny.py"), "--config", "tiny", "--device", "cpu", "--data", pictures,
+         "--image-size", "16", "--iters", "4", "--out", out],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("all that sampling needs") == 1
+    assert sorted(os.listdir(out)) == sorted(train_tiny.Run.FILES)
+    assert ckgen.read_checkpoint(out / "checkpoint.pt")["done"]["transformer"] == 4
 
 
 # ------------------------------------------------------------------------------------------------

@@ -512,7 +512,7 @@ class Run:
 
     def __init__(self, folder, state):
         self.folder, self.state = folder, state
-        self.started = self.saved = time.monotonic()
+        self.saved = time.monotonic()
 
     def path(self, name):
         """The path of one of FILES."""
@@ -542,7 +542,7 @@ class Run:
     def resume(self, stage, module, optimizers):
         """Put back what the last checkpoint holds of a stage; returns the first step to do."""
         if stage in self.state:
-            module.load_state_dict(self.state[stage])
+            ckgen.fill(module, self.state[stage], self.path("checkpoint.pt"))
         for optimizer, saved in zip(optimizers, self.state["optimizers"].get(stage, [])):
             optimizer.load_state_dict(saved)
         return self.state["done"].get(stage, 0)
@@ -725,7 +725,7 @@ def train_model(run, data, codes, tokenizer, recipe, device):
     iters, seed = recipe.iters, run.state["options"]["seed"]
     torch.manual_seed(seed)
     model = Checkerboard(Config(**run.state["transformer_config"])).to(device)
-    if run.state["options"]["init"]:
+    if run.state["options"]["init"] and "transformer" not in run.state:
         start_from(run.state["options"]["init"], model)
     optimizers, codebook = make_optimizers(model, recipe), tokenizer.codebook()
     first = run.resume("transformer", model, optimizers)
@@ -1056,6 +1056,8 @@ def train(args):
     device = start_processes(args)
     given = ckgen.load_tokenizer(args.tokenizer).to(device).eval() if args.tokenizer else None
     recipe, options = read_recipe(args, device, given)
+    if args.init:
+        ckgen.load(args.init)  # complains now rather than later
     source = os.path.basename(options["data"] or "toy")
     folder = args.out or os.path.join("runs", f"{options['config']}-{args.scale}x-{source}")
     state = find_state(folder, options, args.overwrite)
@@ -1119,8 +1121,8 @@ def parse_arguments(arguments):
         "pictures, such as LlamaGen's vq_ds16_c2i.pt (default: train a small one)")
     add("--refit-codebook", type=number(int, 2, 65535), metavar="CODES",
         help="first train a new codebook for it, for one epoch (4096 in the paper)")
-    add("--init", type=name, metavar="CHECKPOINT", help="start from a trained model's weights, also "
-        "of another scale ratio (the paper's 4x model starts from its 2x model)")
+    add("--init", type=name, metavar="CHECKPOINT", help="start from a trained model's weights, "
+        "also of another scale ratio (the paper's 4x model starts from its 2x model)")
     add("--image-size", type=number(int, 4, 1024), metavar="PIXELS",
         help="side of the images (default: 32 for tiny, 64 for S and L; 256 with --tokenizer)")
     add("--out", type=name, metavar="DIR",
@@ -1161,6 +1163,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if WORLD > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
