@@ -74,7 +74,7 @@ class Recipe:
 RECIPES = {
     "tiny": Recipe(width=128, layers=4, heads=4, ffn=384, image_size=32, tokenizer_codes=256,
                    tokenizer_iters=1600, tokenizer_batch=16, iters=1300, batch_size=16, lr=6e-3,
-                   muon_lr=0.03, cfg=0.5, temperature=0.6),
+                   muon_lr=0.03, cfg=0.5, temperature=0.5),
     "S": Recipe(width=512, layers=12, heads=16, ffn=1536, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=6000, batch_size=128, lr=1e-4,
                 epochs=110, drops=((100, 10 ** -0.5), (105, 0.1)), replace_codes=0.1),
@@ -142,8 +142,8 @@ class Data:
 
 
 SHAPES = ["circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent"]
-COLOURS = torch.tensor([[235, 45, 45], [250, 225, 60], [60, 200, 70],        # red, yellow, green,
-                        [60, 215, 235], [70, 95, 245], [230, 75, 215]])      # cyan, blue, magenta
+COLOURS = torch.tensor([[225, 35, 40], [250, 225, 60], [40, 180, 60],        # red, yellow, green,
+                        [90, 240, 250], [50, 70, 235], [240, 90, 220]])      # cyan, blue, magenta
 GROUNDS = torch.tensor([[16, 18, 40], [58, 26, 30], [56, 58, 62]])           # all dark
 
 
