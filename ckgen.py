@@ -813,7 +813,7 @@ def write_whole(path, save):
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        if isinstance(error, RuntimeError):  # torch.save's word for a full disk
+        if "inline_container" in str(error):  # torch.save's word for a full disk
             raise OSError(f"cannot write {path}: disk full?") from None
         raise
 
@@ -872,9 +872,9 @@ def load(path, device="cpu"):
     Raises ValueError, in one line, when the file is neither.
     """
     state = read_file(path)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict) \
-            and "embed_positions.weight" in state["model"]:
-        checkpoint = from_released(path, state["model"])
+    tensors = state.get("model") if isinstance(state, dict) else None
+    if isinstance(tensors, dict) and "lm_head.weight" in tensors:
+        checkpoint = from_released(path, tensors)
     else:
         checkpoint = from_own(path, read_checkpoint(path))
     return checkpoint._replace(model=checkpoint.model.to(device).eval(),
@@ -933,7 +933,9 @@ STATISTICS = ("quantize.initialized", "cluster_usage_train", "quantize.codebook_
 
 
 def rename(tensors, names):
-    """A state dict under our names."""
+    """A state dict under our names. Raises ValueError when it holds anything but tensors."""
+    if odd := [key for key, value in tensors.items() if not torch.is_tensor(value)]:
+        raise ValueError(f"not a state dict: {odd[0]!r} is no tensor")
     renamed = {}
     for key, value in tensors.items():
         for theirs, ours in names:
@@ -997,7 +999,7 @@ def load_tokenizer(path):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
             break
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict):
         raise ValueError(f"{path}: no tokenizer: no state dict in it")
     return released_tokenizer(path, tensors)
 

@@ -73,7 +73,7 @@ class Recipe:
 # tiny departs from the paper's AdamW: in the few minutes of its run Muon gets much further.
 RECIPES = {
     "tiny": Recipe(width=128, layers=4, heads=4, ffn=384, image_size=32, tokenizer_codes=256,
-                   tokenizer_iters=1600, tokenizer_batch=16, iters=1300, batch_size=16, lr=6e-3,
+                   tokenizer_iters=1500, tokenizer_batch=16, iters=1150, batch_size=16, lr=6e-3,
                    muon_lr=0.03, cfg=0.5, temperature=0.5),
     "S": Recipe(width=512, layers=12, heads=16, ffn=1536, image_size=64, tokenizer_codes=1024,
                 tokenizer_iters=6000, tokenizer_batch=32, iters=6000, batch_size=128, lr=1e-4,
@@ -488,6 +488,14 @@ def code_images(run, tokenizer, data, device):
             bar.update(some.stop - some.start)
         bar.close()
     os.replace(f"{path}.tmp", path)
+
+
+def read_codes(path):
+    """The array that code_images wrote, left on disk. Raises ValueError when it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError):
+        raise ValueError(f"{path}: damaged; remove it, and the command makes it anew") from None
 
 
 def code_chunk(tokenizer, data, some, sizes, device):
@@ -1069,7 +1077,7 @@ def train(args):
     if given and not args.iters and recipe.epochs:
         epochs = 30 if args.init else recipe.epochs
         recipe = replace(recipe, iters=max(1, epochs * len(data.images) // recipe.batch_size))
-    if RANK == 0:  # the first process makes the tokenizer and the codes
+    if RANK == 0:  # the first process makes the tokenizer and the codes, the others wait and read
         run = start_run(folder, state, recipe, options, data, args.steps, given)
         tokenizer = make_tokenizer(run, data, given, recipe, device)
         code_images(run, tokenizer, data, device)
@@ -1079,11 +1087,7 @@ def train(args):
         run = Run(folder, ckgen.read_checkpoint(os.path.join(folder, "checkpoint.pt")))
         tokenizer = Tokenizer(TokenizerConfig(**run.state["tokenizer_config"])).to(device).eval()
         run.resume("tokenizer", tokenizer, [])
-    try:
-        codes = np.load(run.path("codes.npy"), mmap_mode="r")
-    except (ValueError, OSError, EOFError):
-        raise ValueError(f"{run.path('codes.npy')}: damaged; remove it, and the same command makes "
-                         f"it anew") from None
+    codes = read_codes(run.path("codes.npy"))
     model = train_model(run, data, codes, tokenizer, recipe, device)
     draw_samples(run, model, tokenizer)
     draw_steps(run, model, tokenizer)
