@@ -685,18 +685,16 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     if cfg > 0:  # the batch twice over: with the class, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
     class_token, given = model.conditioning(labels, layout)
-    heads, head_width = model.config.heads, model.config.width // model.config.heads
-    caches = class_token.new_empty(len(model.layers), 2, len(labels), heads, 1 + L, head_width)
+    H, d = model.config.heads, model.config.width // model.config.heads
+    caches = class_token.new_empty(len(model.layers), 2, len(labels), H, 1 + L, d)
     codes = torch.zeros(B, L, dtype=torch.long, device=device)
     entropy = torch.zeros(B, L, device=device)
     latents, z_up = (codebook.new_zeros(B, L, codebook.shape[1]) for _ in range(2))
     at = scale_slices(layout.sizes)
-
     for t, (scale, start, end) in enumerate(layout.steps):
         if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before is now complete
             z_up[:, at[scale]] = upsample(latents[:, at[scale - 1]], layout.sizes[scale])
-        x = model.inputs(latents, z_up, layout, start, end)
-        x = x.repeat(len(labels) // B, 1, 1)
+        x = model.inputs(latents, z_up, layout, start, end).repeat(len(labels) // B, 1, 1)
         if t == 0:  # the class token rides along with the first block, which alone needs the mask
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, given, layout.mask()[:end, :end], caches)[:, 1:]

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import math
 import os
-import pickle
 import re
 import socket
 import subprocess

@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import ckgen
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, name, number
+from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig
 
 CHECKPOINT_SECONDS = 60
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -1113,7 +1113,7 @@ def parse_arguments(arguments):
                     "transformer, on toy shapes or on your pictures. The same command continues a "
                     "run that was stopped.",
         epilog="example: python train_tiny.py --scale 2 --steps 4")
-    add = parser.add_argument
+    add, number, name = parser.add_argument, ckgen.number, ckgen.name
     add("--scale", choices=ckgen.SCALE_RATIOS, default="2",
         help="ratio between the scales of the pyramid; 1: a single scale (default: 2)")
     add("--steps", type=number(int, 1, 10 ** 6), metavar="P", help="steps per scale for the "
