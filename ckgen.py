@@ -894,52 +894,46 @@ def from_own(path, state):
         raise ValueError(f"{path}: damaged: {error!r}") from None
 
 
-def fill(module, tensors, path):
-    """Load a state dict. Raises ValueError naming the first three keys that do not fit."""
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in tensors.items()}
-    wrong = [f"{key} {'missing' if key not in given else f'of shape {given[key]}'}, not {shape}"
-             for key, shape in wanted.items() if given.get(key) != shape]
-    wrong += [f"{key} unknown" for key in given if key not in wanted]
+def fill(module, tensors, path, names=()):
+    """Load a state dict whose keys are ours, or what the patterns `names` make of ours. Raises
+    ValueError naming the first three keys that do not fit."""
+    theirs = {}
+    for key in (own := module.state_dict()):
+        theirs[key] = key
+        for ours, other in names:
+            theirs[key] = re.sub(ours, other, theirs[key])
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    wrong = [f"{theirs[key]} is {'missing' if theirs[key] not in shapes else shapes[theirs[key]]}, "
+             f"not {tuple(value.shape)}" for key, value in own.items()
+             if shapes.get(theirs[key]) != value.shape]
+    wrong += [f"{key} is unknown" for key in sorted(shapes.keys() - theirs.values())]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} of its tensors do not fit: {'; '.join(wrong[:3])}")
-    module.load_state_dict(tensors)
+    module.load_state_dict({key: tensors[theirs[key]] for key in own})
 
 
-# The author's released files (github.com/deigen/checkerboardgen) and LlamaGen's tokenizer: their
-# names, as patterns, and ours.
+# The author's released files (github.com/deigen/checkerboardgen) and LlamaGen's tokenizer: our
+# names, as patterns, and theirs.
 
 RELEASED_NAMES = [
-    (r"llama\.layers\.", "layers."), (r"llama\.norm\.", "norm."),
-    (r"attention_norm\.", "attn_norm.norm."), (r"\.ffn_norm\.weight", ".ffn_norm.norm.weight"),
-    (r"input_modulation\.adaLN_modulation\.1", "attn_norm.shift_scale"),
-    (r"post_attention_modulation\.adaLN_modulation\.1", "ffn_norm.shift_scale"),
-    (r"attention\.wqkv", "attn.qkv"), (r"attention\.wo", "attn.out"),
-    (r"feed_forward\.w1", "ffn.gate"), (r"feed_forward\.w2", "ffn.down"),
-    (r"feed_forward\.w3", "ffn.up"),
-    (r"llama\.rotary_emb\.mixing_coeffs", "rope_mix"),
-    (r"llama\.rotary_emb\.position_embeddings\.parametrizations\.weight\.original", "rope"),
-    (r"class_embeddings\.", "class_embed."), (r"embed_positions\.weight", "pos_embed"),
-    (r"empty_token_emb", "empty_code"), (r"empty_token_pos", "empty_pos"),
-    (r"embed_codevecs_mlp\.net", "unfold"), (r"src_latents_proj", "up_proj"),
-    (r"combine_inputs", "combine"), (r"lm_head", "head")]
+    (r"^norm\.", "llama.norm."), (r"^layers\.", "llama.layers."),
+    (r"attn_norm\.norm\.", "attention_norm."), (r"ffn_norm\.norm\.", "ffn_norm."),
+    (r"attn_norm\.shift_scale", "input_modulation.adaLN_modulation.1"),
+    (r"ffn_norm\.shift_scale", "post_attention_modulation.adaLN_modulation.1"),
+    (r"attn\.qkv", "attention.wqkv"), (r"attn\.out", "attention.wo"),
+    (r"ffn\.gate", "feed_forward.w1"), (r"ffn\.down", "feed_forward.w2"),
+    (r"ffn\.up", "feed_forward.w3"), (r"^rope_mix$", "llama.rotary_emb.mixing_coeffs"),
+    (r"^rope$", "llama.rotary_emb.position_embeddings.parametrizations.weight.original"),
+    (r"^class_embed\.", "class_embeddings."), (r"^pos_embed$", "embed_positions.weight"),
+    (r"^empty_code$", "empty_token_emb"), (r"^empty_pos$", "empty_token_pos"),
+    (r"^unfold", "embed_codevecs_mlp.net"), (r"^up_proj", "src_latents_proj"),
+    (r"^combine", "combine_inputs"), (r"^head", "lm_head")]
 RELEASED_TOKENIZER_NAMES = [
-    (r"conv_blocks", "levels"), (r"(down|up)sample\.", "resample."), (r"nin_shortcut", "shortcut"),
-    (r"proj_out", "out"), (r"^quant_conv", "to_latent"), (r"^post_quant_conv", "from_latent"),
-    (r"quantize\.embedding\.(parametrizations\.weight\.original|weight)", "codebook_weight")]
+    (r"\.levels\.", ".conv_blocks."), (r"^(encoder.*\.)resample", r"\1downsample"),
+    (r"^(decoder.*\.)resample", r"\1upsample"), (r"shortcut", "nin_shortcut"),
+    (r"\.out\.", ".proj_out."), (r"^to_latent", "quant_conv"), (r"^from_latent", "post_quant_conv"),
+    (r"^codebook_weight$", "quantize.embedding.parametrizations.weight.original")]
 STATISTICS = ("quantize.initialized", "cluster_usage_train", "quantize.codebook_used")  # unused
-
-
-def rename(tensors, names):
-    """A state dict under our names. Raises ValueError when it holds anything but tensors."""
-    if odd := [key for key, value in tensors.items() if not torch.is_tensor(value)]:
-        raise ValueError(f"not a state dict: {odd[0]!r} is no tensor")
-    renamed = {}
-    for key, value in tensors.items():
-        for theirs, ours in names:
-            key = re.sub(theirs, ours, key)
-        renamed[key] = value.float()
-    return renamed
 
 
 def count(keys, pattern):
@@ -947,45 +941,64 @@ def count(keys, pattern):
     return sum(re.fullmatch(pattern, key) is not None for key in keys)
 
 
+def read_sizes(path, tensors, read):
+    """read(): sizes off the tensors of a released file. Raises ValueError when one is not there."""
+    if odd := [key for key, value in tensors.items() if not torch.is_tensor(value)]:
+        raise ValueError(f"{path}: its entry {odd[0]!r} is no tensor")
+    try:
+        return read()
+    except KeyError as error:
+        raise ValueError(f"{path}: its tensor {error} is missing") from None
+    except (IndexError, ValueError, StopIteration, ZeroDivisionError):
+        raise ValueError(f"{path}: the shapes of its tensors are those of no model") from None
+
+
 def from_released(path, tensors):
     """The Checkpoint in the author's state dict. All sizes are read off the tensors."""
-    own = rename({k: v for k, v in tensors.items() if not k.startswith("autoenc.")}, RELEASED_NAMES)
-    if "up_proj.weight" not in own and "combine.weight" in own:  # older files: the identity
-        width = len(own["combine.weight"])
-        own |= {"up_proj.weight": torch.eye(width), "up_proj.bias": torch.zeros(width)}
-    try:
-        length, width = own["pos_embed"].shape
+    own = {key: value for key, value in tensors.items() if not key.startswith("autoenc.")}
+
+    def sizes():
+        length, width = own["embed_positions.weight"].shape
+        table = own["llama.rotary_emb.position_embeddings.parametrizations.weight.original"]
         pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in SCALE_RATIOS]
-        model = Checkerboard(Config(
+        return Config(
             sizes=next(sizes for sizes in pyramids if sum(n * n for n in sizes) == length),
-            classes=len(own["class_embed.weight"]) - 1, codes=len(own["head.weight"]),
-            code_dim=own["unfold.0.weight"].shape[1], width=width,
-            layers=count(own, r"layers\.\d+\.attn\.qkv\.weight"),
-            heads=2 * width // own["rope"].shape[1], ffn=len(own["layers.0.ffn.gate.weight"]),
-            mixing_layers=len(own["rope_mix"])))
-    except (KeyError, IndexError, ValueError, StopIteration) as error:
-        raise ValueError(f"{path}: cannot tell the sizes of this model: {error!r}") from None
-    fill(model, own, path)
-    tokenizer = released_tokenizer(path, {k.removeprefix("autoenc."): v for k, v in tensors.items()
-                                          if k.startswith("autoenc.")})
+            classes=len(own["class_embeddings.weight"]) - 1, codes=len(own["lm_head.weight"]),
+            code_dim=own["embed_codevecs_mlp.net.0.weight"].shape[1], width=width,
+            layers=count(own, r"llama\.layers\.\d+\.attention\.wqkv\.weight"),
+            heads=2 * width // table.shape[1],
+            ffn=len(own["llama.layers.0.feed_forward.w1.weight"]),
+            mixing_layers=len(own["llama.rotary_emb.mixing_coeffs"]))
+
+    model = Checkerboard(read_sizes(path, own, sizes))
+    if "src_latents_proj.weight" not in own:  # older files: the identity
+        own |= {"src_latents_proj.weight": torch.eye(model.config.width),
+                "src_latents_proj.bias": torch.zeros(model.config.width)}
+    fill(model, own, path, RELEASED_NAMES)
+    tokenizer = released_tokenizer(path, {key.removeprefix("autoenc."): value
+                                          for key, value in tensors.items() if key not in own})
     return Checkpoint(model, tokenizer, [str(i) for i in range(model.config.classes)],
                       {"steps": 4, "cfg": 1.5, "temperature": 1.0})
 
 
 def released_tokenizer(path, tensors):
     """A Tokenizer of the VQGAN form from the author's or LlamaGen's state dict."""
-    own = rename({k: v for k, v in tensors.items() if k not in STATISTICS},
-                 RELEASED_TOKENIZER_NAMES)
-    try:
-        levels = count(own, r"encoder\.levels\.\d+\.res\.0\.conv1\.weight")
-        codes, code_dim = own["codebook_weight"].shape
-        tokenizer = Tokenizer(TokenizerConfig(
+    own = {key: value for key, value in tensors.items() if key not in STATISTICS}
+    codebook = "quantize.embedding.parametrizations.weight.original"
+    if "quantize.embedding.weight" in own:  # LlamaGen's
+        own[codebook] = own.pop("quantize.embedding.weight")
+
+    def sizes():
+        levels = count(own, r"encoder\.conv_blocks\.\d+\.res\.0\.conv1\.weight")
+        codes, code_dim = own[codebook].shape
+        return TokenizerConfig(
             codes, code_dim, stride=2 ** (levels - 1), width=len(own["encoder.conv_out.weight"]),
-            channels=tuple(len(own[f"encoder.levels.{i}.res.0.conv1.bias"]) for i in range(levels)),
-            res_blocks=count(own, r"encoder\.levels\.0\.res\.\d+\.conv1\.weight")))
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: cannot tell the sizes of its tokenizer: {error!r}") from None
-    fill(tokenizer, own, path)
+            channels=tuple(len(own[f"encoder.conv_blocks.{i}.res.0.conv1.bias"])
+                           for i in range(levels)),
+            res_blocks=count(own, r"encoder\.conv_blocks\.0\.res\.\d+\.conv1\.weight"))
+
+    tokenizer = Tokenizer(read_sizes(path, own, sizes))
+    fill(tokenizer, own, path, RELEASED_TOKENIZER_NAMES)
     return tokenizer
 
 

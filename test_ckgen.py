@@ -502,10 +502,12 @@ def test_released_model_number_for_number(tmp_path):
 def test_bad_released_files(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     released_file(tmp_path / "ok.pth")
+    torch.save({"model": {"lm_head.weight": torch.zeros(3, 3)}}, tmp_path / "bare.pth")
     released_file(tmp_path / "missing.pth", **{"lm_head.bias": None, "llama.norm.weight": None})
     released_file(tmp_path / "shape.pth", **{"combine_inputs.weight": torch.zeros(32, 96)})
     for arguments, complaint in (
-            (["missing.pth"], "norm.weight missing"), (["shape.pth"], "combine.weight of shape (32, 96)"),
+            (["missing.pth"], "llama.norm.weight is missing, not (32,); lm_head.bias is missing"),
+            (["shape.pth"], "combine_inputs.weight is (32, 96), not (32, 128)"), (["bare.pth"], "is missing"),
             (["ok.pth", "--class", "5"], "--class 5"), (["ok.pth", "--class", "dog"], "--class dog")):
         refuse(ckgen.main, arguments, complaint, tmp_path, capfd)
 
