@@ -855,7 +855,11 @@ def read_file(path):
 
 def read_checkpoint(path):
     """The dictionary in a file of ours. Raises ValueError, in one line, for any other file."""
-    state = read_file(path)
+    return check_own(path, read_file(path))
+
+
+def check_own(path, state):
+    """What a file holds, if it is a dictionary of ours. Raises ValueError, in one line, if not."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of ckgen (no format entry {FORMAT!r})")
     for key, kind in ENTRIES.items():
@@ -871,10 +875,11 @@ def load(path, device="cpu"):
     """
     state = read_file(path)
     tensors = state.get("model") if isinstance(state, dict) else None
-    if isinstance(tensors, dict) and "lm_head.weight" in tensors:
+    released = isinstance(tensors, dict) and count(tensors, r"(llama|lm_head)\..*") > 0
+    if released:
         checkpoint = from_released(path, tensors)
     else:
-        checkpoint = from_own(path, read_checkpoint(path))
+        checkpoint = from_own(path, check_own(path, state))
     return checkpoint._replace(model=checkpoint.model.to(device).eval(),
                                tokenizer=checkpoint.tokenizer.to(device).eval())
 
@@ -938,7 +943,7 @@ STATISTICS = ("quantize.initialized", "cluster_usage_train", "quantize.codebook_
 
 def count(keys, pattern):
     """How many keys a pattern matches."""
-    return sum(re.fullmatch(pattern, key) is not None for key in keys)
+    return sum(re.fullmatch(pattern, str(key)) is not None for key in keys)
 
 
 def read_sizes(path, tensors, read):

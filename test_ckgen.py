@@ -1085,14 +1085,14 @@ def test_a_model_starts_from_one_of_another_ratio(tmp_path, checkpoint):
     source = ckgen.load(checkpoint).model  # sizes 1, 2, 4
     model = Checkerboard(replace(source.config, sizes=(1, 4)))
     before = model.pos_embed.clone()
-    train_tiny.start_from(checkpoint, model)
+    train_tiny.start_from(source, model)
     assert torch.equal(model.pos_embed[0], source.pos_embed[0])
     assert torch.equal(model.pos_embed[1:], source.pos_embed[5:])
     assert torch.equal(model.rope[1:], source.rope[5:])  # with the rows of class and EMPTY
     assert torch.equal(model.layers[0].attn.qkv.weight, source.layers[0].attn.qkv.weight)
     assert not torch.equal(model.pos_embed, before)
     with pytest.raises(ValueError, match="do not fit"):
-        train_tiny.start_from(checkpoint, Checkerboard(replace(source.config, width=64)))
+        train_tiny.start_from(source, Checkerboard(replace(source.config, width=64)))
 
 
 def free_port():

@@ -366,7 +366,7 @@ def tokenizer_loss(tokenizer, images, quantized, generator):
     if not quantized:
         return F.mse_loss(tokenizer.decode(latents), images)
     codes = tokenizer.quantize(latents)                                     # (B, n, n)
-    nearest = tokenizer.codebook().detach()[codes].permute(0, 3, 1, 2)      # (B, C, n, n)
+    nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)               # (B, C, n, n)
     update_codebook(tokenizer, as_rows(latents.detach()), codes.flatten(), generator)
     straight_through = latents + (nearest - latents).detach()
     commitment = (latents - nearest).square().sum(1).mean()
@@ -677,7 +677,7 @@ def backward(model, codebook, batch, parts):
 class Log:
     """The rows of log.csv: a hundred over the run, ten of them with the held-out loss."""
 
-    def __init__(self, run, model, tokenizer, data, recipe, first):
+    def __init__(self, run, model, tokenizer, data, recipe):
         self.run, self.model, self.recipe, self.codebook = run, model, recipe, tokenizer.codebook()
         sizes, device = model.config.sizes, self.codebook.device
         self.layout = Layout.make(sizes, run.state["defaults"]["steps"], device)
@@ -709,11 +709,10 @@ class Log:
         self.restart_clock()
 
 
-def start_from(path, model):
+def start_from(source, model):
     """Start a model from another's weights (footnote 2: a 4x model from a 2x model's). What belongs
     to a location is taken from the scales of the same size; a scale that is new keeps its start.
     Raises ValueError when anything else does not fit."""
-    source = ckgen.load(path).model
     there, here = (dict(zip(m.config.sizes, ckgen.scale_slices(m.config.sizes)))
                    for m in (source, model))
     weights = source.state_dict()
@@ -725,22 +724,23 @@ def start_from(path, model):
             if name == "rope":
                 table[-2:] = weights[name][-2:]  # the class and EMPTY
         weights[name] = table
-    ckgen.fill(model, weights, path)
+    ckgen.fill(model, weights, "--init")
 
 
-def train_model(run, data, codes, tokenizer, recipe, device):
-    """Train the transformer of a run on codes (n, views, L), from its last checkpoint on."""
+def train_model(run, data, codes, tokenizer, source, recipe, device):
+    """Train the transformer of a run on codes (n, views, L), from its last checkpoint on. source is
+    the model of --init to start from, or None."""
     iters, seed = recipe.iters, run.state["options"]["seed"]
     torch.manual_seed(seed)
     model = Checkerboard(Config(**run.state["transformer_config"])).to(device)
-    if run.state["options"]["init"] and "transformer" not in run.state:
-        start_from(run.state["options"]["init"], model)
+    if source is not None:
+        start_from(source, model)
     optimizers, codebook = make_optimizers(model, recipe), tokenizer.codebook()
     first = run.resume("transformer", model, optimizers)
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     layouts = training_layouts(model.config.sizes, device)
     usable = torch.from_numpy(np.flatnonzero(codes[:, 0, 0] != UNREADABLE))
-    log = Log(run, model, tokenizer, data, recipe, first)
+    log = Log(run, model, tokenizer, data, recipe)
     for step in (bar := run.bar("transformer", first, iters)):
         factor, parts = learning_rate(recipe, step, iters), accumulated(recipe, step, iters)
         for optimizer, rate in zip(optimizers, (recipe.lr, recipe.muon_lr)):
@@ -887,7 +887,7 @@ def quality(classifier, images, labels, reference):
 
 def print_losses(model, tokenizer, data, steps, device):
     """Print the tokenizer's error and the transformer's loss on the held-out images."""
-    sizes, codebook = model.config.sizes, tokenizer.codebook().detach()
+    sizes, codebook = model.config.sizes, tokenizer.codebook()
     codes, labels = held_out_codes(tokenizer, data, sizes, device)
     seen = as_images(ckgen.decode_scale(tokenizer, codes.to(device), sizes))
     error = (seen.float() - data.held_out.float()).square().mean().item()
@@ -923,8 +923,9 @@ def print_quality(run, model, tokenizer, data, steps, device):
 def evaluate(args):
     """Print what the README quotes of a checkpoint. Raises ValueError for bad input."""
     device = ckgen.pick_device(args.device)
-    model, tokenizer, classes, defaults = ckgen.load(args.evaluate, device)
     run = Run(os.path.dirname(args.evaluate), ckgen.read_checkpoint(args.evaluate))
+    model, tokenizer, classes, defaults = ckgen.from_own(args.evaluate, run.state)
+    model.to(device).eval(), tokenizer.to(device).eval()
     source, steps = args.data or run.state["options"]["data"], args.steps or defaults["steps"]
     data = load_data(source, run.state["options"]["image_size"])
     if data.classes != classes:
@@ -1064,8 +1065,6 @@ def train(args):
     device = start_processes(args)
     given = ckgen.load_tokenizer(args.tokenizer).to(device).eval() if args.tokenizer else None
     recipe, options = read_recipe(args, device, given)
-    if args.init:
-        ckgen.load(args.init)  # complains now rather than later
     source = os.path.basename(options["data"] or "toy")
     folder = args.out or os.path.join("runs", f"{options['config']}-{args.scale}x-{source}")
     state = find_state(folder, options, args.overwrite)
@@ -1073,6 +1072,8 @@ def train(args):
             and all(os.path.exists(os.path.join(folder, file)) for file in Run.FILES)):
         print(f"{folder} is finished already; its pictures have P = {state['defaults']['steps']}:")
         return tell(folder)
+    begun = state is not None and "transformer" in state  # then --init is needed no more
+    init = ckgen.load(args.init).model if args.init and not begun else None
     data = load_data(options["data"], recipe.image_size)
     if given and not args.iters and recipe.epochs:
         epochs = 30 if args.init else recipe.epochs
@@ -1088,7 +1089,7 @@ def train(args):
         tokenizer = Tokenizer(TokenizerConfig(**run.state["tokenizer_config"])).to(device).eval()
         run.resume("tokenizer", tokenizer, [])
     codes = read_codes(run.path("codes.npy"))
-    model = train_model(run, data, codes, tokenizer, recipe, device)
+    model = train_model(run, data, codes, tokenizer, init, recipe, device)
     draw_samples(run, model, tokenizer)
     draw_steps(run, model, tokenizer)
     tell(folder)
