@@ -1,6 +1,7 @@
 """What must stay true of ckgen, stated as properties. Run: python -m pytest -q test_ckgen.py"""
 
 import argparse
+import contextlib
 import csv
 import inspect
 import itertools
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ckgen
 import train_tiny
@@ -305,10 +308,11 @@ def test_initialisation():
             if matrix.ndim == 2 and "shift_scale" not in name:
                 assert 0.015 < matrix.std() < 0.025, (name, matrix.std())
     x = torch.randn(1, 2, 1 + 85, 16)
-    queries, keys = model.rotary(layout)  # RoPE starts as a rotation
+    ropes = model.rotary(layout)
+    assert len(ropes) == 3 and torch.equal(ropes[2][:, 0], ropes[2][:, 1])
+    queries = ropes[2][:, 0, 0, 0]  # RoPE starts as a rotation
     torch.testing.assert_close(ckgen.rotate(x, queries).norm(dim=-1), x.norm(dim=-1))
-    assert len(keys) == 3 and torch.equal(keys[2], queries)
-    assert len(torch.unique(queries[1:], dim=0)) == 85  # and tells every cell from every other
+    assert len(torch.unique(queries[:, 1:], dim=1)[0]) == 85  # and tells all cells apart
 
 
 def test_loss_is_the_flat_mean():
@@ -346,6 +350,177 @@ def test_z_up_comes_from_the_scale_before_and_has_unit_length():
     torch.testing.assert_close(z_up[:, at[1]], latents[:, :1].expand(-1, 9, -1))
     torch.testing.assert_close(z_up[:, at[2]], ckgen.upsample(latents[:, at[1]], 4))
     torch.testing.assert_close(z_up[:, 1:].norm(dim=-1), torch.ones(2, 25))
+
+
+# ------------------------------------------------------------------------------------------------
+# Fast paths equal the readable ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_through_a_linear_layer(dtype):
+    """W x^T for few rows on a CPU, x W^T else: the same numbers and shapes, and gradients go on."""
+    torch.manual_seed(0)
+    layer = ckgen.Linear(48, 32, bias=False).to(dtype)
+    few = ckgen.FEW_ROWS[dtype]
+    for batch, rows in [(1, 1), (1, few.start), (2, few.stop // 4), (1, few.stop - 1), (2, 300)]:
+        x = torch.randn(batch, rows, 48).to(dtype)
+        expected = F.linear(x, layer.weight)
+        assert layer(x).requires_grad and torch.equal(layer(x), expected)
+        with torch.no_grad():
+            assert layer(x).shape == expected.shape
+            assert layer(x).is_contiguous() == (batch * rows not in few or batch * rows == 1)
+            torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_bfloat16_stays_close_to_float32():
+    sizes = (1, 2, 4, 8)
+    layout, model = Layout.make(sizes, 4), small_model(sizes)
+    codes, labels, codebook = random_pyramid(sizes)
+    logits = model(codebook[codes], labels, layout)
+    model, codebook = model.bfloat16(), codebook.bfloat16()
+    rough = model(codebook[codes], labels, layout)
+    assert rough.dtype == torch.bfloat16
+    error = (rough.float() - logits).square().mean().sqrt() / logits.std()
+    assert 0 < error < 0.05, error  # bfloat16 keeps 8 bits: 0.004 for one rounding
+    codes, entropy = ckgen.sample(model, codebook, labels, layout, 1.5, return_entropy=True)
+    assert codes.shape == (2, 85) and entropy.dtype == torch.float32
+    assert 0 <= codes.min() and codes.max() < 17 and entropy.isfinite().all()
+
+
+class Watch(TorchDispatchMode):
+    """Raises where PyTorch would make the host wait for the GPU, or send it data. On the meta
+    device tensors have no data, so that whatever needs their values, like .item(), raises too."""
+
+    WAITING = ("multinomial", "nonzero", "masked_select", "_local_scalar_dense", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert function.overloadpacket.__name__ not in self.WAITING, function
+        for tensor in tree_leaves((args, kwargs, out)):
+            if torch.is_tensor(tensor):
+                assert tensor.device.type == "meta", f"{function} between host and device"
+                assert "index" not in str(function) or tensor.dtype != torch.bool, function
+        return out
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5, torch.tensor(1.5, device="meta")])
+def test_sampling_never_waits_for_the_gpu(cfg):
+    sizes = (1, 2, 4, 8)
+    layout, model = Layout.make(sizes, 4, "meta"), small_model(sizes).to("meta")
+    _, labels, codebook = random_pyramid(sizes)
+    labels, codebook = labels.to("meta"), codebook.to("meta")
+    temperature = cfg / 2 if torch.is_tensor(cfg) else 0.7
+    with Watch():
+        codes = ckgen.sample(model, codebook, labels, layout, cfg, 5, temperature)
+        assert codes.shape == (2, 85)
+        for waits in (
+            lambda: codes.max().item(),
+            lambda: codes[codes > 3],
+            lambda: torch.multinomial(codebook.abs(), 1),
+            lambda: codes.cpu(),
+            lambda: codes[:, torch.tensor([0])],
+            lambda: codes.index_put_((codes > 3,), codes[0, 0]),
+        ):  # what it would catch
+            with pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+                waits()
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What torch.cuda.CUDAGraph does, for the CPU: captures the operations on the way, and replays
+    them on the very same tensors. A value that went in as a constant stays what it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def __enter__(self):
+        self.before = self.generator.get_state()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.generator.set_state(self.before)  # capturing a CUDA graph draws nothing
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, captured in self.calls:
+            for old, new in zip(captured, tree_leaves(function(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # not a view and not in place
+
+
+@pytest.fixture(params=["recorded", "cuda"])
+def graph_device(request, monkeypatch):
+    """CUDA where there is one, and the CPU with RecordedGraph in the place of CUDA's."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+        return "cuda"
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return "cpu"
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@torch.no_grad()
+def test_graph_equals_eager(graph_device, guided):
+    """Other labels, guidance, temperature and seed need no new graph, and draw what `sample` does;
+    so do weights that were changed in place."""
+    sizes = (1, 2, 4)
+    layout, model = Layout.make(sizes, 4, graph_device), small_model(sizes).to(graph_device)
+    codebook = random_pyramid(sizes)[2].to(graph_device)
+    generator = torch.Generator(graph_device)
+    graph = ckgen.SamplerGraph(model, codebook, layout, 3, generator, guided, cfg_start=2)
+    drawn = []
+    for labels, cfg, temperature, seed in (
+        ([0, 1, 2], 1.5, 1.0, 0),
+        ([2, 2, 0], 1.5, 1.0, 0),
+        ([2, 2, 0], 0.5, 1.0, 0),
+        ([2, 2, 0], 0.5, 0.25, 0),
+        ([2, 2, 0], 0.5, 0.25, 1),
+        ([2, 2, 0], 0.5, 0.0, 1),
+        ([0, 1, 2], 0.5, 0.0, 1),
+    ):
+        cfg, labels = cfg if guided else 0.0, torch.tensor(labels, device=graph_device)
+        model.class_embed.weight[0] += 1
+        again = torch.Generator(graph_device).manual_seed(seed)
+        expected = ckgen.sample(model, codebook, labels, layout, cfg, 2, temperature, again)
+        generator.manual_seed(seed)
+        drawn.append(graph(labels, cfg, temperature))
+        assert torch.equal(drawn[-1], expected), (drawn[-1] != expected).nonzero()
+        after = [g.get_state() for g in (generator, again)]
+        assert torch.equal(*after), "the generators stand at different places"
+    assert sum(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2)) <= 1 - guided
+
+
+def test_generated_by_graph_equals_eager(graph_device):
+    sizes = (1, 2)
+    tokenizer = Tokenizer(TokenizerConfig(codes=17, width=8)).to(graph_device)
+    layout, model = Layout.make(sizes, 4, graph_device), small_model(sizes).to(graph_device)
+    labels = torch.arange(64 * 2 + 5, device=graph_device) % 3
+    for cfg in (0.0, 1.5):
+        eager, graph = (
+            torch.cat(list(ckgen.generate(model, tokenizer, labels, layout, 0, cfg, graph=graph)))
+            for graph in (False, True)
+        )
+        assert len(eager) == len(labels) and torch.equal(eager, graph)
 
 
 # ------------------------------------------------------------------------------------------------
