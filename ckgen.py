@@ -44,6 +44,7 @@ import re
 import sys
 import zipfile
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -177,7 +178,7 @@ class Layout:
 
 def scale_slices(sizes):
     """Where each scale lies in the flat pyramid: [slice, ...], coarse to fine."""
-    ends = np.cumsum([n * n for n in sizes]).tolist()
+    ends = accumulate(n * n for n in sizes)
     return [slice(end - n * n, end) for n, end in zip(sizes, ends)]
 
 

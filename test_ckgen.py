@@ -523,6 +523,20 @@ def test_generated_by_graph_equals_eager(graph_device):
         assert len(eager) == len(labels) and torch.equal(eager, graph)
 
 
+def test_a_random_P_never_recompiles():
+    """The layout's tables are tensors: torch.compile sees the same code for every P."""
+    sizes = (1, 2, 4)
+    model = small_model(sizes)
+    codes, labels, codebook = random_pyramid(sizes)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(codebook[codes], labels, Layout.make(sizes, 1))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for steps in (2, 4, 1):
+            layout = Layout.make(sizes, steps)
+            expected = model(codebook[codes], labels, layout)
+            assert torch.equal(compiled(codebook[codes], labels, layout), expected), steps
+
+
 # ------------------------------------------------------------------------------------------------
 # Tokenizer and pictures (Sec. 3.3, Fig. 1)
 
@@ -1577,6 +1591,42 @@ def refuse(main, arguments, complaint, folder, capfd):
     assert refused.value.code == 2 and "error: " in line and complaint in line, said.err
     assert "Traceback" not in said.err and "executed" not in said.out
     assert sorted(folder.rglob("*")) == before
+
+
+def test_bench_prints_a_row_for_each_measurement(monkeypatch, capsys):
+    monkeypatch.setattr(train_tiny, "timed", lambda run, device: [run() is None or 0.5])
+    monkeypatch.setattr(train_tiny, "count_flops", lambda run: 1e6)
+    train_tiny.main(["--bench", "--config", "tiny", "--device", "cpu", "--dtype", "bfloat16"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "batch" in line]
+    assert [(row[1], row[3].strip(",")) for row in rows] == [
+        (what, batch) for batch in ("1", "8", "64") for what in ("codes", "images")
+    ] + [("train", "16")], rows
+    monkeypatch.setattr(train_tiny, "BENCH_LIMIT", 0.0)
+    train_tiny.main(["--bench", "--config", "tiny", "--device", "cpu"])
+    assert capsys.readouterr().out.count("left out: takes at least") == 7
+
+
+@torch.no_grad()
+def test_bench_draws_by_graph_too(graph_device):
+    model, tokenizer = train_tiny.bench_model("tiny", torch.device(graph_device))
+    run = train_tiny.bench_sampler(model, tokenizer, 4, 2, decoded=True, graph=True)
+    assert run().shape == (2, 3, 32, 32)
+
+
+def test_bench_counts_operations():
+    """2 for each weight and token, twice that with guidance, 3 times for training; attention, the
+    weights that AdaLN reads once an image and the MLP on both of its inputs add a little."""
+    device = torch.device("meta")
+    model, tokenizer = train_tiny.bench_model("tiny", device)
+    weights = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "shift_scale" not in name
+    )
+    flops = train_tiny.count_flops(train_tiny.bench_sampler(model, tokenizer, 4, 3, False))
+    assert 0.9 < flops / (3 * 2 * 2 * weights * 85) < 1.2, flops
+    decoded = train_tiny.count_flops(train_tiny.bench_sampler(model, tokenizer, 4, 3, True))
+    assert decoded > flops
 
 
 def test_explains_itself(capsys):

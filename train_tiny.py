@@ -3,6 +3,7 @@
     python train_tiny.py --scale 2 --steps 4          # toy shapes; minutes on a CPU
     python train_tiny.py --data DIR                   # your pictures, one folder per class
     python train_tiny.py --evaluate runs/tiny-2x-toy/checkpoint.pt
+    python train_tiny.py --bench                      # speed, with random weights
 
 Four stages: read or draw the images; train a small VQ tokenizer on them (Sec. 3.3); code every
 image once; train the transformer on the codes (Sec. 3.1). Everything goes to runs/<name>/. Stop it
@@ -27,6 +28,8 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ckgen
@@ -638,6 +642,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,)
     layout: Layout
 
+    def to(self, device):
+        """The batch on a device. CUDA gets it as one pinned array in one copy, which runs while the
+        host goes on."""
+        rows, L = torch.cat([self.codes, self.noisy, self.labels[:, None]], 1), self.codes.shape[1]
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        codes, noisy, labels = rows.to(device).split([L, L, 1], 1)
+        return Batch(codes, noisy, labels[:, 0], self.layout)
+
 
 def draw_batch(codes, usable, data, layouts, vocabulary, recipe, batch_size, generator):
     """All random draws of one step (Sec. 3.1): images and their views, one P for all scales and the
@@ -654,10 +667,10 @@ def draw_batch(codes, usable, data, layouts, vocabulary, recipe, batch_size, gen
 
 def training_loss(model, codebook, batch):
     """Loss of a Batch, and of each of its scales."""
-    codes, noisy, labels = (x.to(codebook.device) for x in batch[:3])
+    codes, noisy, labels, layout = batch.to(codebook.device)
     with autocast(codebook.device):
-        logits = model(codebook[codes], labels, batch.layout, codebook[noisy])
-        return ckgen.loss_by_scale(logits, codes, batch.layout)
+        logits = model(codebook[codes], labels, layout, codebook[noisy])
+        return ckgen.loss_by_scale(logits, codes, layout)
 
 
 def backward(model, codebook, batch, parts):
@@ -672,6 +685,15 @@ def backward(model, codebook, batch, parts):
         (loss / parts).backward()
         losses = losses + torch.cat([loss.detach()[None], by_scale.detach()]) / parts
     return torch.cat([torch.ones_like(losses[:1]), losses])
+
+
+def train_step(model, optimizers, codebook, batch, parts=1):
+    """One step of training on a Batch; returns what `backward` does."""
+    model.zero_grad()
+    losses = backward(model, codebook, batch, parts)
+    for optimizer in optimizers:
+        optimizer.step()
+    return losses
 
 
 class Log:
@@ -748,10 +770,7 @@ def train_model(run, data, codes, tokenizer, source, recipe, device):
                 group["lr"] = rate * factor
         batch = draw_batch(codes, usable, data, layouts, len(codebook), recipe,
                            recipe.batch_size * parts, seeded(seed, 2, step))
-        model.zero_grad()
-        losses = backward(parallel, codebook, batch, parts)
-        for optimizer in optimizers:
-            optimizer.step()
+        losses = train_step(parallel, optimizers, codebook, batch, parts)
         due = run.watch("transformer", step, iters, losses[1], bar)
         log.add(step, losses, batch.codes.numel(), factor)
         if due:
@@ -937,7 +956,187 @@ def evaluate(args):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Command line.
+# 8. Benchmark.
+
+BENCH_LIMIT = 10.0  # seconds: what cannot take less on a device is left out
+PAPER_TOKENIZER = TokenizerConfig(codes=4096, stride=16, width=256,
+                                  channels=(128, 128, 256, 256, 512))  # LlamaGen's, refitted
+
+
+class Speed(NamedTuple):
+    """What a device can do. Nothing is faster than its work at these speeds: that is the floor."""
+    device: torch.device
+    copy: float    # bytes read and written in a second
+    matmul: float  # floating-point operations in a second
+
+
+def timed(run, device, least=3, seconds=2.0):
+    """Seconds that each of several runs took, sorted; two runs before them warm up."""
+    times = []
+    while len(times) < 2 + least or sum(times[2:]) < seconds:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])
+
+
+def measure_speed(device, dtype):
+    """The Speed of a device: of copying a large array, and of a product of two large matrices."""
+    values, n = (2 ** 28, 8192) if device.type == "cuda" else (2 ** 25, 2048)
+    a = torch.zeros(values, device=device)
+    b, matrix = torch.empty_like(a), torch.randn(n, n, device=device).to(dtype)
+    copy, matmul = (np.median(timed(run, device)) for run in (lambda: b.copy_(a),
+                                                              lambda: matrix @ matrix))
+    return Speed(device, 2 * a.nbytes / copy, 2 * n ** 3 / matmul)
+
+
+def peak_memory(device, restart=False):
+    """Bytes held at most since the last restart: on CUDA by tensors, else by the process, where the
+    system tells."""
+    if device.type == "cuda":
+        if restart:
+            return torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if restart:
+            with open("/proc/self/clear_refs", "w") as file:
+                return file.write("5")
+        with open("/proc/self/status") as file:
+            return 1024 * int(file.read().split("VmHWM:")[1].split()[0])
+    except OSError:  # not Linux
+        return math.nan
+
+
+def measure(what, make, items, unit, flops, nbytes, speed):
+    """Print a row of the table. make() is a function that makes so many items, which takes flops
+    operations and reading nbytes at least."""
+    floor = max(flops / speed.matmul, nbytes / speed.copy)
+    if floor > BENCH_LIMIT:
+        return print(f"{what:33s} left out: takes at least {floor:.0f} s")
+    try:
+        peak_memory(speed.device, restart=True)
+        times = timed(make(), speed.device)
+    except torch.OutOfMemoryError:
+        return print(f"{what:33s} out of memory")
+    median, memory = np.median(times), peak_memory(speed.device) / 1e9
+    print(f"{what:33s}{1e3 * median:9.1f}{1e3 * times[0]:9.1f}{1e3 * times[-1]:9.1f}"
+          f"{items / median:11.1f} {unit}{memory:7.2f}{1e3 * floor:9.1f}{median / floor:7.1f}"
+          f"{flops / median / speed.matmul:7.0%}", flush=True)
+
+
+def count_flops(run):
+    """Floating-point operations of matrix products and convolutions in run()."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def bench_model(name, device, dtype=torch.float32):
+    """A model and a tokenizer with random weights: tiny as on the toy shapes; S and L in the
+    paper's geometry, 256 pixels and 1000 classes."""
+    recipe, tokenizer = RECIPES[name], TokenizerConfig() if name == "tiny" else PAPER_TOKENIZER
+    grid, classes = (8, len(SHAPES)) if name == "tiny" else (16, 1000)
+    config = Config(ckgen.scale_sizes(grid, "2"), classes, tokenizer.codes, tokenizer.code_dim,
+                    recipe.width, recipe.layers, recipe.heads, recipe.ffn)
+    with torch.device(device):
+        model, tokenizer = Checkerboard(config).to(dtype), Tokenizer(tokenizer).to(dtype)
+    return model.eval(), tokenizer.to(memory_format=torch.channels_last).eval()
+
+
+def bench_sampler(model, tokenizer, steps, batch, decoded, graph=False):
+    """A function that draws a batch with guidance, as codes or decoded to images."""
+    device, sizes = tokenizer.codebook_weight.device, model.config.sizes
+    codebook, layout = tokenizer.codebook(), Layout.make(sizes, steps, device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    draw = ckgen.SamplerGraph(model, codebook, layout, batch, torch.Generator(device)) if graph \
+        else lambda labels, cfg: ckgen.sample(model, codebook, labels, layout, cfg)
+
+    def run():
+        codes = draw(labels, 1.5)
+        return tokenizer.decode_codes(codes[:, ckgen.scale_slices(sizes)[-1]]) if decoded else codes
+
+    return run
+
+
+def bench_sampling(name, steps, dtype, speed):
+    """Rows for sampling: latency at batch 1, throughput at 8 and 64."""
+    meta = bench_model(name, torch.device("meta"))
+    flops = [count_flops(bench_sampler(*meta, steps, 1, decoded)) for decoded in (False, True)]
+    model, tokenizer = bench_model(name, speed.device, dtype)
+    weights = sum(module.weight.nbytes for key, module in model.named_modules()
+                  if isinstance(module, nn.Linear) and "shift_scale" not in key)
+    passes = len(Layout.make(model.config.sizes, steps).steps)
+    for batch in (1, 8, 64):
+        for graph in (False, True) if speed.device.type == "cuda" else (False,):
+            for decoded in (False, True):
+                what = (f"{name:5s}{'images' if decoded else 'codes':7s}batch {batch:3d}, "
+                        f"{'graph' if graph else 'eager'}")
+                measure(what, partial(bench_sampler, model, tokenizer, steps, batch, decoded,
+                                      graph),
+                        batch, "img/s", batch * flops[decoded], weights * passes, speed)
+
+
+def bench_trainer(name, device, compiled=False):
+    """A function that takes a step of training, from reading its batch to the optimizers."""
+    model, tokenizer = bench_model(name, device)
+    recipe, layouts = RECIPES[name], training_layouts(model.config.sizes, device)
+    optimizers, codebook = make_optimizers(model, recipe), tokenizer.codebook()
+    codes = np.zeros((1000, 1, model.config.length), np.uint16)
+    labels, usable, numbers = torch.zeros(1000, dtype=torch.long), torch.arange(1000), count()
+    data = Data(codes, labels, codes, labels, list(range(model.config.classes)))
+    model = torch.compile(model) if compiled else model
+
+    def run():
+        batch = draw_batch(codes, usable, data, layouts, len(codebook), recipe, recipe.batch_size,
+                           seeded(0, 2, next(numbers)))
+        return train_step(model, optimizers, codebook, batch)
+
+    if compiled:
+        start = time.perf_counter()
+        run()
+        print(f"{name:5s}torch.compile's first step takes {time.perf_counter() - start:.0f} s")
+    return run
+
+
+def bench_training(name, speed):
+    """Rows for a step of training at the recipe's batch size; on CUDA through torch.compile, too.
+    (On a CPU that needs a C++ compiler and a minute or two, which tiny's run does not win back.)"""
+    recipe, (model, tokenizer) = RECIPES[name], bench_model(name, torch.device("meta"))
+    B, L = recipe.batch_size, model.config.length
+    layout = Layout.make(model.config.sizes, 4, "meta")
+    codes = torch.zeros(B, L, dtype=torch.long, device="meta")
+    latents = tokenizer.codebook()[codes]
+    flops = count_flops(lambda: model(latents, codes[:, 0], layout).sum().backward())
+    for compiled in (False, True) if speed.device.type == "cuda" else (False,):
+        what = f"{name:5s}train  batch {B:3d}{', compiled' if compiled else ''}"
+        measure(what, partial(bench_trainer, name, speed.device, compiled), B * L, "tok/s", flops,
+                0, speed)
+
+
+def bench(args):
+    """Print how fast this device samples and trains tiny, S and L (or --config) with random
+    weights, beside the floor that its copies and matrix products set."""
+    device = ckgen.pick_device(args.device)
+    dtype, steps = ckgen.pick_dtype(args.dtype, device), args.steps or 4
+    train_dtype = ckgen.pick_dtype(None, device)  # see `autocast`
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{device.type}, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}; sampling in {dtype}, training in {train_dtype}\n"
+          f"P = {steps}, guidance in all steps from the sixth on; images: decoder included")
+    speed = measure_speed(device, dtype)
+    train_speed = speed if train_dtype == dtype else measure_speed(device, train_dtype)
+    print(f"copies {speed.copy / 1e9:.0f} GB/s; matrix products {speed.matmul / 1e12:.2f} TFLOP/s "
+          f"in {dtype}, {train_speed.matmul / 1e12:.2f} in {train_dtype}\n"
+          f"{'ms: median, least and most':>60s}{'':17s}peak GB  floor ms  ratio  FLOP/s used")
+    for config in [args.config] if args.config else RECIPES:
+        bench_sampling(config, steps, dtype, speed)
+        bench_training(config, train_speed)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Command line.
 
 
 def load_data(source, image_size):
@@ -1145,6 +1344,10 @@ def parse_arguments(arguments):
     add("--overwrite", action="store_true", help="start afresh in a used folder")
     add("--evaluate", type=name, metavar="CHECKPOINT",
         help="print how good a checkpoint is; trains nothing")
+    add("--bench", action="store_true", help="print how fast this machine samples and trains, with "
+        "random weights; trains nothing")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the sampling that --bench measures (default: bfloat16 on CUDA, else float32)")
     return parser, parser.parse_args(arguments)
 
 
@@ -1157,7 +1360,10 @@ def main(arguments=None):
     """The command line of this file."""
     parser, args = parse_arguments(arguments)
     try:
-        evaluate(args) if args.evaluate else train(args)
+        if args.dtype and not args.bench:
+            raise ValueError("--dtype: for --bench alone; training is in float32, on CUDA with "
+                             "bfloat16 where that is safe")
+        (bench if args.bench else evaluate if args.evaluate else train)(args)
     except ValueError as error:
         parser.error(str(error))
     except FloatingPointError as error:
