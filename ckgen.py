@@ -17,7 +17,7 @@ i draws block b_i, a set of cells spread evenly over the whole map, all of them 
     Sec. 3.1                   transformer                    Attention, FeedForward, Layer
     Sec. 3.1, Eq. 1            inputs                         Checkerboard.inputs
     Sec. 3.1                   training pass, loss            Checkerboard.forward, loss_by_scale
-    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
+    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample, draw
     Fig. 1                     pictures of the steps          progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
@@ -424,9 +424,9 @@ class Config:
 def rotate(x, rope):
     """Apply rotary embeddings (Sec. 3.4) to x (..., T, d): rope (2, ..., T, d) holds cos and sin.
 
-    Pairs element i with i + d/2, so that (x, y) becomes (x cos a - y sin a, y cos b + x sin b); the
-    minus lies in rope. Every element has an angle of its own, so this is a rotation only while the
-    two of a pair agree: they do when training starts, and are free to part (as released).
+    Element i is paired with i + d/2: of angles a and b, they turn (u, v) into (u cos a - v sin a,
+    v cos b + u sin b). The minus lies in rope, in the first half of sin. The two angles of a pair
+    agree when training starts, and are free to part (as released): then it is no rotation any more.
     """
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
@@ -483,15 +483,22 @@ FEW_ROWS = {torch.float32: range(4, 65), torch.bfloat16: range(2, 257)}
 
 
 class Linear(nn.Linear):
-    """x W^T. Few rows, as in sampling, go through W x^T on a CPU: the same numbers, transposed in
-    memory, up to twice as fast. FEW_ROWS says where that was measured, on a Xeon with AMX."""
+    """x W^T without bias, for x (B, T, D).
+
+    The B*T rows of a sampling step are few. On a CPU they go through W x^T: equal up to rounding,
+    transposed in memory, and up to twice as fast for the numbers of rows in FEW_ROWS (measured on a
+    Xeon with AMX).
+    """
+
+    def __init__(self, before, after):
+        super().__init__(before, after, bias=False)
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
-        if x.device.type != "cpu" or torch.is_grad_enabled() or \
-                len(rows) not in FEW_ROWS.get(x.dtype, ()):
-            return super().forward(x)
-        return (self.weight @ rows.T).T.unflatten(0, x.shape[:-1])
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            rows = x.flatten(0, -2)
+            if len(rows) in FEW_ROWS.get(x.dtype, ()):
+                return (self.weight @ rows.T).T.unflatten(0, x.shape[:-1])
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -500,13 +507,15 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width, bias=False)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x, rope, mask=None, cache=None, start=0):
-        """x (B, T, D): tokens start ... start+T-1. mask (T, start+T) or None: all see all.
+        """x (B, T, D): tokens start ... start+T-1, to (B, T, D). mask (T, start+T) or None: all see
+        all. rope (2, 2, 1, H or 1, T, d), see Conditioning.
 
         cache is (2, B, H, 1+L, d): keys and values of earlier tokens, to which these are added.
+        Without one, start is 0.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
         (q, k), v = rotate(qkv[:2], rope), qkv[2]                           # (B, H, T, d)
@@ -523,9 +532,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width, hidden):
         super().__init__()
-        self.gate = Linear(width, hidden, bias=False)
-        self.up = Linear(width, hidden, bias=False)
-        self.down = Linear(hidden, width, bias=False)
+        self.gate = Linear(width, hidden)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -535,7 +544,7 @@ class Conditioning(NamedTuple):
     """What is constant for an image in one layer: AdaLN's (shift, scale) twice, and the RoPE."""
     attn_mod: tuple       # (B, 1, D) each
     ffn_mod: tuple        # (B, 1, D) each
-    rope: torch.Tensor    # (2, 2, 1, H or 1, 1+L, d)
+    rope: torch.Tensor    # (2, 2, 1, H or 1, 1+L, d): cos, sin; of queries, keys; batch; heads; ...
 
 
 class Layer(nn.Module):
@@ -608,11 +617,12 @@ class Checkerboard(nn.Module):
         """
         cos, sin = F.normalize(self.rope.unflatten(1, (-1, 2)), dim=-1).unbind(-1)  # (L+2, d)
         first, second = sin.chunk(2, -1)
-        table = torch.stack([cos, torch.cat([-first, second], -1)])[:, None]        # for `rotate`
+        table = torch.stack([cos, torch.cat([-first, second], -1)])[:, None]        # (2, 1, L+2, d)
         here, before = table[:, :, layout.here], table[:, :, layout.before]  # (2, 1, 1+L, d)
-        alpha = self.rope_mix.sigmoid()[:, None, :, None, None]             # (layers, 1, H, 1, 1)
-        mixed = alpha * here + (1 - alpha) * before                         # (layers, 2, H, 1+L, d)
-        ropes = [torch.stack([here.expand_as(k), k], 1)[:, :, None] for k in (*mixed, here)]
+        alpha = self.rope_mix.sigmoid()[:, None, :, None, None]             # (mixing, 1, H, 1, 1)
+        mixed = alpha * here + (1 - alpha) * before                         # (mixing, 2, H, 1+L, d)
+        ropes = [torch.stack([here.expand_as(keys), keys], 1)[:, :, None]
+                 for keys in (*mixed, here)]
         return ropes[:-1] + ropes[-1:] * (len(self.layers) - len(mixed))
 
     def conditioning(self, labels, layout):
@@ -673,18 +683,19 @@ def loss_by_scale(logits, codes, layout):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Sampler (Sec. 3.1, 4.1).
+# 7. Sampler (Sec. 3.1, 4.1, 4.5).
 
 
 def draw(logits, temperature, generator=None):
-    """Draw codes (B, T), each from its own softmax(logits / temperature); logits are (B, T, V).
+    """Draw codes (B, T), each from its own softmax(logits / temperature). logits are (B, T, V),
+    float32; temperature is 0 or more, a number or a tensor without dimensions.
 
-    The exponential race: with E ~ Exp(1) for every code, argmax of p / E is a draw from p. Here in
-    logarithms, where p needs no norm and temperature 0 is no special case. Unlike
-    torch.multinomial, it never waits for the GPU.
+    The exponential race: with E ~ Exp(1) for every code, argmax of p / E is a draw from p. Taken as
+    argmax of logits - temperature * log E it needs no sum over p, and temperature 0 is no special
+    case. Unlike torch.multinomial, it never waits for the GPU.
     """
-    race = torch.empty_like(logits).exponential_(generator=generator).log()
-    return (logits - temperature * race).argmax(-1)
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - temperature * race.clamp(min=1e-30).log()).argmax(-1)  # not log 0
 
 
 @torch.no_grad()
@@ -693,14 +704,15 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     """Draw the codes of one image for each label, block after block: one forward pass a step.
 
     codebook (V, C) unit vectors; labels (B,) in 0 ... classes-1. Guidance (Sec. 4.1) is
-    cond + cfg * (cond - uncond), off for the first cfg_start steps: 5 are, at ratio 2 and P = 4 or
-    more, the 1x1 and 2x2 maps. All locations of a block are drawn independently from
+    cond + cfg * (cond - uncond), cfg 0 or more, off for the first cfg_start steps: 5 are, at ratio
+    2 and P = 4 or more, the 1x1 and 2x2 maps. All locations of a block are drawn independently from
     softmax(logits / temperature); temperature 0 takes the largest logit. Returns the flat pyramid
     of codes (B, L), on request with the entropies (B, L) of Sec. 4.5: in nats, of the softmax that
     each code was drawn from, guided but at temperature 1.
 
     Nothing here waits for the GPU, so a CUDA graph can hold all of it: see SamplerGraph. For its
-    sake cfg and temperature may be tensors; then guidance is computed, whatever cfg is.
+    sake cfg and temperature may be tensors without dimensions; then guidance is computed, whatever
+    cfg is.
     """
     B, L, device = len(labels), model.config.length, labels.device
     guided = torch.is_tensor(cfg) or cfg > 0
@@ -739,50 +751,58 @@ class SamplerGraph:
     """`sample` as one CUDA graph: the thousands of small kernels of its steps, launched at once.
 
     It is captured for one batch size, layout and cfg_start, with guidance or without; labels, the
-    guidance weight and the temperature are its inputs. It draws what `sample` draws.
+    guidance weight and the temperature are its inputs. With the same state of the generator (a CUDA
+    one, seeded by the caller) it draws what `sample` draws. Weights that change in place count.
     """
 
     def __init__(self, model, codebook, layout, batch, generator, guided=True, cfg_start=5):
-        self.labels = torch.zeros(batch, dtype=torch.long, device=codebook.device)
-        self.cfg, self.temperature = torch.ones(2, device=codebook.device)
+        self.reads = model, codebook, layout  # where the graph reads, these must stay
+        self.guided, self.labels = guided, codebook.new_zeros(batch, dtype=torch.long)
+        self.cfg, self.temperature = codebook.new_ones(2, dtype=torch.float32)
 
         def run(generator):
             return sample(model, codebook, self.labels, layout, self.cfg if guided else 0.0,
                           cfg_start, self.temperature, generator)
 
-        warm_up = torch.cuda.Stream()  # a first run, not captured, lets the libraries set up
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):
+        side = torch.cuda.Stream(codebook.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a first run, not captured, lets the libraries set up
             run(torch.Generator(codebook.device))
-        torch.cuda.current_stream().wait_stream(warm_up)
+        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph):
+        self.graph.register_generator_state(generator)  # torch 2.14 does so by itself
+        with torch.cuda.graph(self.graph, stream=side):
             self.codes = run(generator)
 
     def __call__(self, labels, cfg=0.0, temperature=1.0):
-        """Codes (batch, L) for labels (batch,)."""
+        """Codes (batch, L) for labels (batch,). Raises ValueError for what was not captured."""
+        if len(labels) != len(self.labels) or cfg > 0 and not self.guided:
+            raise ValueError(f"captured for {len(self.labels)} labels, guidance {self.guided}; got "
+                             f"{len(labels)} labels, cfg {cfg:g}")
         self.labels.copy_(labels)
         self.cfg.fill_(cfg), self.temperature.fill_(temperature)
         self.graph.replay()
         return self.codes.clone()  # the next call writes over self.codes
 
 
+BATCH = 64  # images sampled or decoded at a time
+
+
 def generate(model, tokenizer, labels, layout, seed=0, cfg=0.0, cfg_start=5, temperature=1.0,
              graph=None):
-    """Sample for any number of labels, with a progress bar: yields codes (B, L), batch by batch.
+    """Sample for any number of labels (n,), which lie on the model's device, with a progress bar:
+    yields codes (B, L), batch by batch.
 
     graph: whether full batches replay a CUDA graph. By default they do on CUDA when there are more
-    than four: capturing takes as long as about two.
+    than four; capturing should take as long as about two.
     """
     generator, codebook = torch.Generator(labels.device).manual_seed(seed), tokenizer.codebook()
-    batches = labels.split(64)
     if graph is None:
-        graph = labels.is_cuda and len(batches) > 4
-    replay = graph and SamplerGraph(model, codebook, layout, 64, generator, cfg > 0, cfg_start)
+        graph = labels.is_cuda and len(labels) > 4 * BATCH
+    replay = graph and SamplerGraph(model, codebook, layout, BATCH, generator, cfg > 0, cfg_start)
     with tqdm(total=len(labels), desc="sampling", unit="image", leave=False) as bar:
-        for batch in batches:
-            if graph and len(batch) == 64:
+        for batch in labels.split(BATCH):
+            if replay and len(batch) == BATCH:
                 yield replay(batch, cfg, temperature)
             else:
                 yield sample(model, codebook, batch, layout, cfg, cfg_start, temperature, generator)
@@ -803,7 +823,7 @@ def decode_scale(tokenizer, codes, sizes, scale=-1):
     """The pictures (B, n*stride, n*stride, 3), uint8, of one scale of pyramids of codes (B, L)."""
     at = scale_slices(sizes)[scale]
     return np.concatenate([to_uint8(tokenizer.decode_codes(batch))
-                           for batch in codes[:, at].split(64)])
+                           for batch in codes[:, at].split(BATCH)])
 
 
 @torch.no_grad()
@@ -934,10 +954,8 @@ def check_own(path, state):
 
 
 def load(path, device="cpu", dtype=torch.float32):
-    """Load a Checkpoint for sampling: one of ours, or one that the paper's author released.
-
-    Convolutions get their weights in channels_last, which makes them faster (on a CPU 1.1 times in
-    float32, 1.8 in bfloat16). Raises ValueError, in one line, when the file is neither.
+    """Load a Checkpoint for sampling: one of ours, or one that the paper's author released, with
+    all weights in this dtype. Raises ValueError, in one line, when the file is neither.
     """
     state = read_file(path)
     tensors = state.get("model") if isinstance(state, dict) else None
@@ -946,13 +964,15 @@ def load(path, device="cpu", dtype=torch.float32):
         checkpoint = from_released(path, tensors)
     else:
         checkpoint = from_own(path, check_own(path, state))
+    # channels_last makes convolutions faster (Xeon with AMX: 1.1 times in float32, 1.8 in bfloat16)
     tokenizer = checkpoint.tokenizer.to(device, dtype, memory_format=torch.channels_last)
     return checkpoint._replace(model=checkpoint.model.to(device, dtype).eval(),
                                tokenizer=tokenizer.eval())
 
 
 def from_own(path, state):
-    """The Checkpoint in a dictionary that train_tiny.py wrote."""
+    """The Checkpoint in a dictionary that train_tiny.py wrote. Raises ValueError, in one line, when
+    it holds none."""
     if "transformer" not in state:
         raise ValueError(f"{path}: its training has not come to the transformer yet; the command "
                          f"that started it continues it")
@@ -1113,7 +1133,8 @@ def name(text):
 
 
 def pick_device(name=None):
-    """torch.device by name (cpu, cuda, cuda:1, mps), by default cuda where there is one.
+    """torch.device by name (cpu, cuda, cuda:1, mps), by default cuda where there is one; a CUDA
+    device becomes the current one.
 
     Raises ValueError when the name is unknown or this machine has no such device.
     """
@@ -1125,11 +1146,13 @@ def pick_device(name=None):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: not to be had here; known are cpu, cuda, cuda:1, mps")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
 def pick_dtype(name, device):
-    """torch.dtype by name, by default bfloat16 on CUDA and float32 elsewhere."""
+    """torch.dtype by name, "float32" or "bfloat16"; for None, bfloat16 on CUDA, else float32."""
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
@@ -1196,7 +1219,7 @@ def parse_arguments(arguments):
     add("--temperature", type=number(float, 0, 100), metavar="T", help="divides the logits; 0 "
         "takes the likeliest code (default: the checkpoint's)")
     add("--seed", type=number(int, 0, 10 ** 9), default=0,
-        help="same seed, same machine: same images")
+        help="same seed, same machine, same --dtype: same images")
     add("--device", type=name, help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="of weights and activations (default: "
         "bfloat16 on CUDA, else float32); bfloat16 is faster on CPUs that have AMX, too")

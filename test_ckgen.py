@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -360,7 +361,7 @@ def test_z_up_comes_from_the_scale_before_and_has_unit_length():
 def test_few_rows_through_a_linear_layer(dtype):
     """W x^T for few rows on a CPU, x W^T else: the same numbers and shapes, and gradients go on."""
     torch.manual_seed(0)
-    layer = ckgen.Linear(48, 32, bias=False).to(dtype)
+    layer = ckgen.Linear(48, 32).to(dtype)
     few = ckgen.FEW_ROWS[dtype]
     for batch, rows in [(1, 1), (1, few.start), (2, few.stop // 4), (1, few.stop - 1), (2, 300)]:
         x = torch.randn(batch, rows, 48).to(dtype)
@@ -368,7 +369,7 @@ def test_few_rows_through_a_linear_layer(dtype):
         assert layer(x).requires_grad and torch.equal(layer(x), expected)
         with torch.no_grad():
             assert layer(x).shape == expected.shape
-            assert layer(x).is_contiguous() == (batch * rows not in few or batch * rows == 1)
+            assert layer(x).is_contiguous() == (batch * rows not in few)
             torch.testing.assert_close(layer(x), expected)
 
 
@@ -415,14 +416,11 @@ def test_sampling_never_waits_for_the_gpu(cfg):
         codes = ckgen.sample(model, codebook, labels, layout, cfg, 5, temperature)
         assert codes.shape == (2, 85)
         for waits in (
-            lambda: codes.max().item(),
-            lambda: codes[codes > 3],
             lambda: torch.multinomial(codebook.abs(), 1),
-            lambda: codes.cpu(),
             lambda: codes[:, torch.tensor([0])],
             lambda: codes.index_put_((codes > 3,), codes[0, 0]),
-        ):  # what it would catch
-            with pytest.raises((AssertionError, NotImplementedError, RuntimeError)):
+        ):  # what it catches, beyond what the meta device refuses
+            with pytest.raises(AssertionError):
                 waits()
 
 
@@ -471,21 +469,22 @@ def graph_device(request, monkeypatch):
             pass
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guided", [True, False])
 @torch.no_grad()
-def test_graph_equals_eager(graph_device, guided):
+def test_graph_equals_eager(graph_device, guided, dtype):
     """Other labels, guidance, temperature and seed need no new graph, and draw what `sample` does;
     so do weights that were changed in place."""
     sizes = (1, 2, 4)
-    layout, model = Layout.make(sizes, 4, graph_device), small_model(sizes).to(graph_device)
-    codebook = random_pyramid(sizes)[2].to(graph_device)
+    layout, model = Layout.make(sizes, 4, graph_device), small_model(sizes).to(graph_device, dtype)
+    codebook = random_pyramid(sizes)[2].to(graph_device, dtype)
     generator = torch.Generator(graph_device)
     graph = ckgen.SamplerGraph(model, codebook, layout, 3, generator, guided, cfg_start=2)
     drawn = []
@@ -508,6 +507,30 @@ def test_graph_equals_eager(graph_device, guided):
         after = [g.get_state() for g in (generator, again)]
         assert torch.equal(*after), "the generators stand at different places"
     assert sum(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2)) <= 1 - guided
+    with pytest.raises(ValueError, match="captured for 3 labels"):
+        graph(labels[:1], 0.0)
+    if not guided:
+        with pytest.raises(ValueError, match="got 3 labels, cfg 1"):
+            graph(labels, 1.0)
+
+
+@torch.no_grad()
+def test_graph_keeps_what_it_reads(graph_device, monkeypatch):
+    """A CUDA graph reads addresses: a table freed after the capture would be read all the same."""
+
+    def record_nothing(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(RecordedGraph, "__torch_dispatch__", record_nothing)
+    layout, model = Layout.make((1, 2), 4, graph_device), small_model((1, 2)).to(graph_device)
+    codebook = random_pyramid((1, 2))[2].to(graph_device)
+    read = [weakref.ref(x) for x in (codebook, layout.here, layout.before, model)]
+    graph = ckgen.SamplerGraph(model, codebook, layout, 3, torch.Generator(graph_device))
+    del layout, model, codebook
+    assert all(reference() is not None for reference in read)
+    read.append(weakref.ref(graph.graph))
+    del graph
+    assert not any(reference() is not None for reference in read), "freed at once, not by gc"
 
 
 def test_generated_by_graph_equals_eager(graph_device):

@@ -643,12 +643,12 @@ class Batch(NamedTuple):
     layout: Layout
 
     def to(self, device):
-        """The batch on a device. CUDA gets it as one pinned array in one copy, which runs while the
-        host goes on."""
+        """The batch, on the CPU so far, on a device. It goes to CUDA as one pinned array in one
+        copy, for which the host does not wait."""
         rows, L = torch.cat([self.codes, self.noisy, self.labels[:, None]], 1), self.codes.shape[1]
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        codes, noisy, labels = rows.to(device).split([L, L, 1], 1)
+        on_cuda = device.type == "cuda"
+        rows = (rows.pin_memory() if on_cuda else rows).to(device, non_blocking=on_cuda)
+        codes, noisy, labels = rows.split([L, L, 1], 1)                     # rows are (B, 2L + 1)
         return Batch(codes, noisy, labels[:, 0], self.layout)
 
 
@@ -964,7 +964,8 @@ PAPER_TOKENIZER = TokenizerConfig(codes=4096, stride=16, width=256,
 
 
 class Speed(NamedTuple):
-    """What a device can do. Nothing is faster than its work at these speeds: that is the floor."""
+    """What a device can do. Its work at these speeds is the floor, an estimate: smaller arrays can
+    be copied faster, from a cache, and smaller matrices are multiplied more slowly."""
     device: torch.device
     copy: float    # bytes read and written in a second
     matmul: float  # floating-point operations in a second
@@ -976,8 +977,8 @@ def timed(run, device, least=3, seconds=2.0):
     while len(times) < 2 + least or sum(times[2:]) < seconds:
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return sorted(times[2:])
 
@@ -992,38 +993,34 @@ def measure_speed(device, dtype):
     return Speed(device, 2 * a.nbytes / copy, 2 * n ** 3 / matmul)
 
 
-def peak_memory(device, restart=False):
-    """Bytes held at most since the last restart: on CUDA by tensors, else by the process, where the
-    system tells."""
+def peak_memory(device):
+    """Bytes held at most: on CUDA by tensors since the peak was reset, else by the process so far,
+    where the system tells."""
     if device.type == "cuda":
-        if restart:
-            return torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
     try:
-        if restart:
-            with open("/proc/self/clear_refs", "w") as file:
-                return file.write("5")
         with open("/proc/self/status") as file:
             return 1024 * int(file.read().split("VmHWM:")[1].split()[0])
-    except OSError:  # not Linux
+    except (OSError, IndexError):  # not Linux
         return math.nan
 
 
 def measure(what, make, items, unit, flops, nbytes, speed):
     """Print a row of the table. make() is a function that makes so many items, which takes flops
     operations and reading nbytes at least."""
-    floor = max(flops / speed.matmul, nbytes / speed.copy)
+    device, floor = speed.device, max(flops / speed.matmul, nbytes / speed.copy)
     if floor > BENCH_LIMIT:
         return print(f"{what:33s} left out: takes at least {floor:.0f} s")
+    if device.type == "cuda":
+        torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats(device)
     try:
-        peak_memory(speed.device, restart=True)
-        times = timed(make(), speed.device)
-    except torch.OutOfMemoryError:
-        return print(f"{what:33s} out of memory")
-    median, memory = np.median(times), peak_memory(speed.device) / 1e9
+        times = timed(make(), device)
+    except RuntimeError as error:  # out of memory, no compiler
+        return print(f"{what:33s} failed: {str(error).strip().splitlines()[0]}")
+    median = np.median(times)
     print(f"{what:33s}{1e3 * median:9.1f}{1e3 * times[0]:9.1f}{1e3 * times[-1]:9.1f}"
-          f"{items / median:11.1f} {unit}{memory:7.2f}{1e3 * floor:9.1f}{median / floor:7.1f}"
-          f"{flops / median / speed.matmul:7.0%}", flush=True)
+          f"{items / median:11.1f} {unit}{peak_memory(device) / 1e9:7.2f}{1e3 * floor:9.1f}"
+          f"{median / floor:7.1f}{flops / median / speed.matmul:7.0%}", flush=True)
 
 
 def count_flops(run):
