@@ -17,7 +17,7 @@ i draws block b_i, a set of cells spread evenly over the whole map, all of them 
     Sec. 3.1                   transformer                    Attention, FeedForward, Layer
     Sec. 3.1, Eq. 1            inputs                         Checkerboard.inputs
     Sec. 3.1                   training pass, loss            Checkerboard.forward, loss_by_scale
-    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample, draw
+    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample, draw, entropy
     Fig. 1                     pictures of the steps          progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
@@ -654,10 +654,10 @@ class Checkerboard(nn.Module):
                                        pos_before.expand(B, -1, -1), code_before], -1))
 
     def transform(self, x, given, mask=None, caches=None, start=0):
-        """Tokens start ... start+T-1 through all layers: (B, T, D) to logits (B, T, V)."""
+        """Tokens start ... start+T-1 through all layers: (B, T, D) to float32 logits (B, T, V)."""
         for i, layer in enumerate(self.layers):
             x = layer(x, given[i], mask, None if caches is None else caches[i], start)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x)).float()
 
     def forward(self, latents, labels, layout, noisy=None):
         """Teacher forcing (Sec. 3.1): one parallel pass over the true latents (B, L, C).
@@ -699,6 +699,12 @@ def draw(logits, temperature, generator=None):
     return (logits - temperature * race.clamp(min=1e-30).log()).argmax(-1)  # not log 0
 
 
+def entropy(logits):
+    """Entropies (B, T), in nats, of softmax(logits) (Sec. 4.5); logits are (B, T, V)."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            return_entropy=False):
@@ -706,14 +712,10 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
     codebook (V, C) unit vectors; labels (B,) in 0 ... classes-1. Guidance (Sec. 4.1) is
     cond + cfg * (cond - uncond), cfg 0 or more, off for the first cfg_start steps: 5 are, at ratio
-    2 and P = 4 or more, the 1x1 and 2x2 maps. All locations of a block are drawn independently from
-    softmax(logits / temperature); temperature 0 takes the largest logit. Returns the flat pyramid
-    of codes (B, L), on request with the entropies (B, L) of Sec. 4.5: in nats, of the softmax that
-    each code was drawn from, guided but at temperature 1.
-
-    Nothing here waits for the GPU, so a CUDA graph can hold all of it: see SamplerGraph. For its
-    sake cfg and temperature may be tensors without dimensions; then guidance is computed, whatever
-    cfg is.
+    2 and P = 4 or more, the 1x1 and 2x2 maps. Locations of a block are drawn independently. Returns
+    the flat pyramid of codes (B, L), on request with their entropies (B, L), guided but at
+    temperature 1. Nothing here waits for the GPU, so that a SamplerGraph can hold all of it; for
+    its sake cfg and temperature may be tensors without dimensions, and a tensor always guides.
     """
     B, L, device = len(labels), model.config.length, labels.device
     guided = torch.is_tensor(cfg) or cfg > 0
@@ -723,9 +725,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     H, d = model.config.heads, model.config.width // model.config.heads
     caches = class_token.new_empty(len(model.layers), 2, len(labels), H, 1 + L, d)
     codes = torch.zeros(B, L, dtype=torch.long, device=device)
-    entropy = torch.zeros(B, L, device=device)
+    entropies, at = torch.zeros(B, L, device=device), scale_slices(layout.sizes)
     latents, z_up = (codebook.new_zeros(B, L, codebook.shape[1]) for _ in range(2))
-    at = scale_slices(layout.sizes)
     for t, (scale, start, end) in enumerate(layout.steps):
         if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before is now complete
             z_up[:, at[scale]] = upsample(latents[:, at[scale - 1]], layout.sizes[scale])
@@ -735,7 +736,6 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             logits = model.transform(x, given, layout.mask()[:end, :end], caches)[:, 1:]
         else:       # every token sees all that is cached and all of its own block: no mask
             logits = model.transform(x, given, None, caches, start)
-        logits = logits.float()
         if guided:
             cond, uncond = logits.chunk(2)
             logits = cond + cfg * (cond - uncond) if t >= cfg_start else cond
@@ -743,9 +743,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         here = layout.here[start:end]
         codes[:, here], latents[:, here] = drawn, codebook[drawn]
         if return_entropy:
-            log_p = logits.log_softmax(-1)
-            entropy[:, here] = -(log_p.exp() * log_p).sum(-1)
-    return (codes, entropy) if return_entropy else codes
+            entropies[:, here] = entropy(logits)
+    return (codes, entropies) if return_entropy else codes
 
 
 class SamplerGraph:
@@ -1252,12 +1251,11 @@ def sample_to_file(args):
     if os.path.isdir(args.out):
         raise ValueError(f"--out {args.out}: is a folder")
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    model, tokenizer, names, defaults = load(args.checkpoint, device, dtype)
+    model, tokenizer, names, preset = load(args.checkpoint, device, pick_dtype(args.dtype, device))
     classes = pick_classes(args.classes, names)
     n = args.n or 8 * len(classes)
     classes = classes[:n]
-    steps, cfg, temperature = (defaults[key] if getattr(args, key) is None else getattr(args, key)
+    steps, cfg, temperature = (preset[key] if getattr(args, key) is None else getattr(args, key)
                                for key in ("steps", "cfg", "temperature"))
     layout = Layout.make(model.config.sizes, steps, device)
     labels = torch.tensor([classes[i % len(classes)] for i in range(n)], device=device)

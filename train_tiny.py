@@ -1339,12 +1339,9 @@ def parse_arguments(arguments):
         help="same seed, same machine: same weights")
     add("--device", type=name, help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--overwrite", action="store_true", help="start afresh in a used folder")
-    add("--evaluate", type=name, metavar="CHECKPOINT",
-        help="print how good a checkpoint is; trains nothing")
-    add("--bench", action="store_true", help="print how fast this machine samples and trains, with "
-        "random weights; trains nothing")
-    add("--dtype", choices=["float32", "bfloat16"],
-        help="of the sampling that --bench measures (default: bfloat16 on CUDA, else float32)")
+    add("--evaluate", type=name, metavar="CHECKPOINT", help="print how good a checkpoint is")
+    add("--bench", action="store_true", help="print how fast this machine samples and trains")
+    add("--dtype", choices=["float32", "bfloat16"], help="sampling's in --bench (see ckgen.py)")
     return parser, parser.parse_args(arguments)
 
 
