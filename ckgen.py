@@ -730,7 +730,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     for t, (scale, start, end) in enumerate(layout.steps):
         if scale > 0 and scale != layout.steps[t - 1].scale:  # the scale before is now complete
             z_up[:, at[scale]] = upsample(latents[:, at[scale - 1]], layout.sizes[scale])
-        x = model.inputs(latents, z_up, layout, start, end).repeat(len(labels) // B, 1, 1)
+        x = model.inputs(latents, z_up, layout, start, end).repeat(1 + guided, 1, 1)
         if t == 0:  # the class token rides along with the first block, which alone needs the mask
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, given, layout.mask()[:end, :end], caches)[:, 1:]
@@ -793,8 +793,8 @@ def generate(model, tokenizer, labels, layout, seed=0, cfg=0.0, cfg_start=5, tem
     """Sample for any number of labels (n,), which lie on the model's device, with a progress bar:
     yields codes (B, L), batch by batch.
 
-    graph: whether full batches replay a CUDA graph. By default they do on CUDA when there are more
-    than four; capturing should take as long as about two.
+    graph: whether full batches replay a CUDA graph (True: on CUDA only). By default they do on CUDA
+    when there are more than four; capturing should take as long as about two.
     """
     generator, codebook = torch.Generator(labels.device).manual_seed(seed), tokenizer.codebook()
     if graph is None:

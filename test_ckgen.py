@@ -263,6 +263,12 @@ def test_parallel_equals_cached(ratio, mixing_layers, cfg, monkeypatch):
     assert len(seen) == len(layout.steps)
 
 
+def test_no_labels_give_no_codes():
+    layout, model = Layout.make((1, 2), 4), small_model((1, 2))
+    _, labels, codebook = random_pyramid((1, 2))
+    assert ckgen.sample(model, codebook, labels[:0], layout, 1.5).shape == (0, 5)
+
+
 def test_guidance_starts_at_its_step():
     sizes = (1, 2, 4, 8)
     layout, model = Layout.make(sizes, 4), small_model(sizes)
@@ -1585,6 +1591,9 @@ def test_bad_input_to_the_sampler(checkpoint, tmp_path, monkeypatch, capfd, argu
         (["--config", "XL"], "XL"),
         (["--image-size", "30"], "30"),
         (["--seed", "x"], "'x'"),
+        (["--dtype", "bfloat16"], "--dtype: for --bench alone"),
+        (["--bench", "--evaluate", "x.pt"], "--bench: takes neither"),
+        (["--bench", "--dtype", "float16"], "float16"),
         (["--device", "toaster"], "toaster"),
         (["--data", "missing"], "no such folder"),
         (["--data", "empty"], "no class folders"),
@@ -1631,7 +1640,7 @@ def test_bench_prints_a_row_for_each_measurement(monkeypatch, capsys):
 
 @torch.no_grad()
 def test_bench_draws_by_graph_too(graph_device):
-    model, tokenizer = train_tiny.bench_model("tiny", torch.device(graph_device))
+    model, tokenizer = train_tiny.bench_model("tiny", "2", torch.device(graph_device))
     run = train_tiny.bench_sampler(model, tokenizer, 4, 2, decoded=True, graph=True)
     assert run().shape == (2, 3, 32, 32)
 
@@ -1640,7 +1649,7 @@ def test_bench_counts_operations():
     """2 for each weight and token, twice that with guidance, 3 times for training; attention, the
     weights that AdaLN reads once an image and the MLP on both of its inputs add a little."""
     device = torch.device("meta")
-    model, tokenizer = train_tiny.bench_model("tiny", device)
+    model, tokenizer = train_tiny.bench_model("tiny", "2", device)
     weights = sum(
         module.weight.numel()
         for name, module in model.named_modules()

@@ -1030,12 +1030,12 @@ def count_flops(run):
     return counter.get_total_flops()
 
 
-def bench_model(name, device, dtype=torch.float32):
+def bench_model(name, scale, device, dtype=torch.float32):
     """A model and a tokenizer with random weights: tiny as on the toy shapes; S and L in the
     paper's geometry, 256 pixels and 1000 classes."""
     recipe, tokenizer = RECIPES[name], TokenizerConfig() if name == "tiny" else PAPER_TOKENIZER
     grid, classes = (8, len(SHAPES)) if name == "tiny" else (16, 1000)
-    config = Config(ckgen.scale_sizes(grid, "2"), classes, tokenizer.codes, tokenizer.code_dim,
+    config = Config(ckgen.scale_sizes(grid, scale), classes, tokenizer.codes, tokenizer.code_dim,
                     recipe.width, recipe.layers, recipe.heads, recipe.ffn)
     with torch.device(device):
         model, tokenizer = Checkerboard(config).to(dtype), Tokenizer(tokenizer).to(dtype)
@@ -1057,11 +1057,11 @@ def bench_sampler(model, tokenizer, steps, batch, decoded, graph=False):
     return run
 
 
-def bench_sampling(name, steps, dtype, speed):
+def bench_sampling(name, scale, steps, dtype, speed):
     """Rows for sampling: latency at batch 1, throughput at 8 and 64."""
-    meta = bench_model(name, torch.device("meta"))
+    meta = bench_model(name, scale, torch.device("meta"))
     flops = [count_flops(bench_sampler(*meta, steps, 1, decoded)) for decoded in (False, True)]
-    model, tokenizer = bench_model(name, speed.device, dtype)
+    model, tokenizer = bench_model(name, scale, speed.device, dtype)
     weights = sum(module.weight.nbytes for key, module in model.named_modules()
                   if isinstance(module, nn.Linear) and "shift_scale" not in key)
     passes = len(Layout.make(model.config.sizes, steps).steps)
@@ -1075,9 +1075,9 @@ def bench_sampling(name, steps, dtype, speed):
                         batch, "img/s", batch * flops[decoded], weights * passes, speed)
 
 
-def bench_trainer(name, device, compiled=False):
+def bench_trainer(name, scale, device, compiled=False):
     """A function that takes a step of training, from reading its batch to the optimizers."""
-    model, tokenizer = bench_model(name, device)
+    model, tokenizer = bench_model(name, scale, device)
     recipe, layouts = RECIPES[name], training_layouts(model.config.sizes, device)
     optimizers, codebook = make_optimizers(model, recipe), tokenizer.codebook()
     codes = np.zeros((1000, 1, model.config.length), np.uint16)
@@ -1097,10 +1097,10 @@ def bench_trainer(name, device, compiled=False):
     return run
 
 
-def bench_training(name, speed):
+def bench_training(name, scale, speed):
     """Rows for a step of training at the recipe's batch size; on CUDA through torch.compile, too.
     (On a CPU that needs a C++ compiler and a minute or two, which tiny's run does not win back.)"""
-    recipe, (model, tokenizer) = RECIPES[name], bench_model(name, torch.device("meta"))
+    recipe, (model, tokenizer) = RECIPES[name], bench_model(name, scale, torch.device("meta"))
     B, L = recipe.batch_size, model.config.length
     layout = Layout.make(model.config.sizes, 4, "meta")
     codes = torch.zeros(B, L, dtype=torch.long, device="meta")
@@ -1108,8 +1108,8 @@ def bench_training(name, speed):
     flops = count_flops(lambda: model(latents, codes[:, 0], layout).sum().backward())
     for compiled in (False, True) if speed.device.type == "cuda" else (False,):
         what = f"{name:5s}train  batch {B:3d}{', compiled' if compiled else ''}"
-        measure(what, partial(bench_trainer, name, speed.device, compiled), B * L, "tok/s", flops,
-                0, speed)
+        measure(what, partial(bench_trainer, name, scale, speed.device, compiled), B * L, "tok/s",
+                flops, 0, speed)
 
 
 def bench(args):
@@ -1121,15 +1121,16 @@ def bench(args):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{device.type}, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}; sampling in {dtype}, training in {train_dtype}\n"
-          f"P = {steps}, guidance in all steps from the sixth on; images: decoder included")
+          f"ratio {args.scale}, P = {steps}, guidance from the sixth step on; images: decoder "
+          f"included")
     speed = measure_speed(device, dtype)
     train_speed = speed if train_dtype == dtype else measure_speed(device, train_dtype)
     print(f"copies {speed.copy / 1e9:.0f} GB/s; matrix products {speed.matmul / 1e12:.2f} TFLOP/s "
           f"in {dtype}, {train_speed.matmul / 1e12:.2f} in {train_dtype}\n"
           f"{'ms: median, least and most':>60s}{'':17s}peak GB  floor ms  ratio  FLOP/s used")
     for config in [args.config] if args.config else RECIPES:
-        bench_sampling(config, steps, dtype, speed)
-        bench_training(config, train_speed)
+        bench_sampling(config, args.scale, steps, dtype, speed)
+        bench_training(config, args.scale, train_speed)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1353,20 +1354,23 @@ def as_list(field):
 def main(arguments=None):
     """The command line of this file."""
     parser, args = parse_arguments(arguments)
+    resumed = "" if args.bench or args.evaluate else \
+        "the same command goes on from the last checkpoint"
     try:
         if args.dtype and not args.bench:
             raise ValueError("--dtype: for --bench alone; training is in float32, on CUDA with "
                              "bfloat16 where that is safe")
+        if args.bench and (args.evaluate or args.data):
+            raise ValueError("--bench: takes neither --evaluate nor --data; its weights are random")
         (bench if args.bench else evaluate if args.evaluate else train)(args)
     except ValueError as error:
         parser.error(str(error))
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}")
     except OSError as error:
-        sys.exit(f"stopped: {error}; with that mended, the same command goes on from the last "
-                 f"checkpoint")
+        sys.exit(f"stopped: {error}" + (resumed and f"; with that mended, {resumed}"))
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped" + (resumed and f"; {resumed}"), file=sys.stderr)
         sys.exit(130)
     finally:
         if WORLD > 1 and torch.distributed.is_initialized():
