@@ -1134,7 +1134,7 @@ def name(text):
 
 def pick_device(name=None):
     """torch.device by name (cpu, cuda, cuda:1, mps), by default cuda where there is one; a CUDA
-    device becomes the current one.
+    device has an index and becomes the current one.
 
     Raises ValueError when the name is unknown or this machine has no such device.
     """
@@ -1147,6 +1147,7 @@ def pick_device(name=None):
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: not to be had here; known are cpu, cuda, cuda:1, mps")
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # set_device refuses one without an index
         torch.cuda.set_device(device)
     return device
 

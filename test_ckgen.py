@@ -31,6 +31,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 RATIOS = list(ckgen.SCALE_RATIOS)
 
 # ------------------------------------------------------------------------------------------------
+# Devices
+
+
+@pytest.mark.parametrize("name, index", [(None, 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_cuda_device_has_an_index(monkeypatch, name, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    assert ckgen.pick_device(name) == torch.device("cuda", index)
+    assert chosen == [index]
+
+
+# ------------------------------------------------------------------------------------------------
 # Scan order (Sec. 3.2, Algorithm 1, Fig. 3)
 
 FIGURE_3 = """

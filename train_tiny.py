@@ -1217,9 +1217,7 @@ def start_processes(args):
     if WORLD == 1:
         return ckgen.pick_device(args.device)
     gpu = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
-    device = ckgen.pick_device(args.device or gpu)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = ckgen.pick_device(gpu if args.device in (None, "cuda") else args.device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                          timeout=timedelta(days=7))  # coding ImageNet takes long
     if RANK:
