@@ -598,6 +598,35 @@ def training_layouts(sizes, device):
     return [Layout.make(sizes, 2 ** i, device) for i in range(sizes[-1].bit_length())]
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024): momentum, then each matrix moves along the orthogonal matrix nearest to
+    it, found by five Newton-Schulz iterations. They are in float32: torch.optim.Muon's bfloat16
+    takes 25 times as long on a CPU without AVX-512."""
+
+    def __init__(self, matrices, lr, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        """Move all matrices, given their gradients."""
+        group = self.param_groups[0]
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+            rows, columns = p.shape
+            x = update.T if rows > columns else update
+            x = x / (x.norm() + 1e-7)
+            for _ in range(5):
+                a = x @ x.T
+                b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
+                x = torch.addmm(x, b, x, beta=3.4445)
+            x = x.T if rows > columns else x
+            p.sub_(x, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+
+
 def make_optimizers(model, recipe):
     """AdamW as in Sec. 4.1, weight decay 0.01 on matrices; for tiny, Muon on the hidden ones."""
     # Muon is made for matrices that map hidden features to hidden features. Embeddings, the head,
@@ -613,7 +642,7 @@ def make_optimizers(model, recipe):
     optimizers = [torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)]
     if recipe.muon_lr:
         matrices = [p for name, p in model.named_parameters() if takes_muon(name, p)]
-        optimizers.append(torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0))
+        optimizers.append(Muon(matrices, lr=recipe.muon_lr))
     return optimizers
 
 
