@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -31,7 +32,8 @@ from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map
 
 import ckgen
 import train_tiny
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig
+from ckgen import (Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, loss_by_scale,
+                   progressive_checkerboard, sample, scale_sizes)
 
 torch.set_num_threads(1)  # fastest at these sizes
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -76,62 +78,54 @@ FIGURE_3 = """
 
 def closed_form_rank(cell):
     """Orders cells by the bits of their coordinates, the last bit first."""
-    rank = 0
-    for level in range(6):
-        x, y = cell[0] >> level & 1, cell[1] >> level & 1
-        rank = 4 * rank + 2 * (x ^ y) + y
-    return rank
-
-
-def test_order_is_figure_3():
-    order = ckgen.progressive_checkerboard(8)
-    assert [order.index((i % 8, i // 8)) + 1 for i in range(64)] == [*map(int, FIGURE_3.split())]
+    bits = [(cell[0] >> level & 1, cell[1] >> level & 1) for level in range(6)]
+    return [2 * (x ^ y) + y for x, y in bits]
 
 
 def test_order_has_every_cell_once_and_a_closed_form_also_pasted_alone():
     names = {}
     exec(inspect.getsource(ckgen.progressive_checkerboard), names)
-    order = names["progressive_checkerboard"]
     for size in range(1, 34):
-        assert order(size) == sorted(product(range(size), repeat=2), key=closed_form_rank), size
+        cells = sorted(product(range(size), repeat=2), key=closed_form_rank)
+        assert names["progressive_checkerboard"](size) == cells, size
     with pytest.raises(ValueError, match="not 0"):
-        order(0)
+        progressive_checkerboard(0)
 
 
 def test_every_prefix_is_balanced_at_every_level():
     for size in range(1, 34):
         for level in range(size.bit_length()):
-            x, y = np.array(ckgen.progressive_checkerboard(size)).T >> level
+            x, y = np.array(progressive_checkerboard(size)).T >> level
             whole = size >> level  # so many quadrants of this level lie inside, in each direction
             quadrant = (y * whole + x)[(x < whole) & (y < whole)]
-            counts = np.cumsum(quadrant[:, None] == np.arange(whole ** 2), 0)
-            assert np.ptp(counts, axis=1).max() <= 1, f"size {size}, level {level}: {counts}"
+            counts = np.cumsum(quadrant[:, None] == range(whole ** 2), 0)
+            assert np.ptp(counts, axis=1).max() <= 1, (size, level)
 
 
 def test_scale_sizes_gives_the_table_of_its_docstring():
-    rows = re.findall(r"(sqrt 2|\d) +((?:\d+ )+) *(\d+) +(\d+), (\d+)", ckgen.scale_sizes.__doc__)
+    text = ckgen.scale_sizes.__doc__.replace("sqrt 2", "1.41421356")
+    rows = re.findall(r"([\d.]+) +((?:\d+ )+ *\d+ +\d+, \d+)", text)
     assert len(rows) == 5
-    for ratio, sides, *numbers in rows:
-        sizes = ckgen.scale_sizes(16, 2 ** 0.5 if ratio == "sqrt 2" else int(ratio))
-        steps = [str(len(Layout(sizes, P).steps)) for P in (4, 8)]
-        assert " ".join(map(str, sizes)) == sides.strip(), ratio
-        assert [str(Config(sizes, 1).length), *steps] == numbers, ratio
+    for ratio, row in rows:
+        sizes = scale_sizes(16, float(ratio))
+        numbers = [*sizes, Config(sizes, 1).length, *(len(Layout(sizes, P).steps) for P in (4, 8))]
+        assert [*map(int, re.findall(r"\d+", row))] == numbers, ratio
 
 
 @ratios
 def test_layout_splits_the_order_into_blocks_that_read_the_block_before(ratio):
     """Blocks are near equal, larger ones first. A token sees its own block and those before."""
-    sizes = ckgen.scale_sizes(8, ratio)
+    sizes = scale_sizes(8, ratio)
     for P in (1, 2, 3, 5, 8, 100):
         layout, blocks, before = Layout(sizes, P), [[ckgen.CLASS]], [ckgen.CLASS]
         for n, at in zip(sizes, layout.scales):
-            order = [at.start + y * n + x for x, y in ckgen.progressive_checkerboard(n)]
+            order = [at.start + y * n + x for x, y in progressive_checkerboard(n)]
             previous = [ckgen.EMPTY] * n * n
             for block in np.array_split(order, min(P, n * n)):
                 before += previous[:len(block)]
-                previous = block.tolist()
+                previous = [*block]
                 blocks.append(previous)
-        assert [layout.cell[start:end].tolist() for _, start, end in layout.steps] == blocks[1:]
+        assert [start for _, start, _ in layout.steps] == [*np.cumsum([*map(len, blocks)])[:-1]]
         assert layout.cell.tolist() == sum(blocks, []) and layout.before.tolist() == before
         number = np.repeat(range(len(blocks)), [*map(len, blocks)])
         assert np.array_equal(layout.mask, number[:, None] >= number), P
@@ -144,7 +138,7 @@ def test_layout_splits_the_order_into_blocks_that_read_the_block_before(ratio):
 def test_no_token_learns_of_its_own_block_or_a_later_one(ratio):
     """Neither by gradient nor by value: with other codes, the same logits, bit for bit."""
     for P in (1, 3, 4):
-        model, layout, codes, labels, codebook = example(ckgen.scale_sizes(5, ratio), P)
+        model, layout, codes, labels, codebook = example(scale_sizes(5, ratio), P)
         latents = codebook[codes].requires_grad_()
         logits = model(latents, labels, layout)
         for _, start, end in layout.steps:
@@ -161,9 +155,9 @@ def test_no_token_learns_of_its_own_block_or_a_later_one(ratio):
 def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
     """With and without guidance, with RoPE mixing in no layer, in some, in all."""
     for cfg, mixing_layers in product((0, 1.5), (0, 2, 3)):
-        model, layout, _, labels, codebook = example(ckgen.scale_sizes(5, ratio),
+        model, layout, _, labels, codebook = example(scale_sizes(5, ratio),
                                                      mixing_layers=mixing_layers)
-        codes, entropies = ckgen.sample(model, codebook, labels, layout, cfg, 2, temperature=0,
+        codes, entropies = sample(model, codebook, labels, layout, cfg, 2, temperature=0,
                                         return_entropy=True)
         logits = model(codebook[codes], labels, layout)
         without_class = model(codebook[codes], labels * 0 + 3, layout)
@@ -177,55 +171,52 @@ def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
 def test_guidance_starts_at_its_step():
     model, layout, _, labels, codebook = example((1, 2, 4, 8), 4)
     for step, options in ((5, {}), (0, {"cfg_start": 0}), (7, {"cfg_start": 7})):
-        plain, guided = (ckgen.sample(model, codebook, labels, layout, cfg, **options,
-                                      generator=torch.Generator().manual_seed(5)) for cfg in (0, 2))
-        alike, start = (plain == guided)[:, layout.cell[1:]], layout.steps[step][1] - 1
-        assert alike[:, :start].all() and not alike[:, start:].all(), (step, alike)
+        plain, guided = (sample(model, codebook, labels, layout, cfg, temperature=0,
+                                      **options) for cfg in (0, 2))
+        changed = (plain != guided)[:, layout.cell[1:]].any(0)
+        assert layout.steps[step][1] <= changed.nonzero()[0] + 1 < layout.steps[step][2], changed
 
 
 def test_draws_follow_the_softmax_and_temperature_0_is_argmax(monkeypatch):
     logits, zero = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 1.0, 1.0])
-    for temperature, share in ((0, logits == 1), (0.5, (logits / 0.5).softmax(0))):
+    for temperature in (0, 0.5):
         drawn = ckgen.draw(logits.expand(1, 20000, 3), temperature, torch.Generator())
-        close(drawn[0].bincount(minlength=3) / 20000, share.float(), 0.015)
+        shares = drawn[0].bincount(minlength=3) / 20000
+        close(shares, (logits / max(temperature, 1e-9)).softmax(0), 0.015)
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda e, generator: e.copy_(zero))
-    drawn = ckgen.draw(torch.tensor([[[-50.0, 0.0, -1.0]]]), 1)  # some devices draw exact zeros
-    assert drawn.item() == 1, "an impossible code wins"
+    drawn = ckgen.draw(torch.tensor([-50.0, 0.0, -1.0]), 1)  # some devices draw exact zeros
+    assert drawn == 1, "an impossible code wins"
 
 
 @torch.no_grad()
 def test_z_up_has_unit_length_and_replaced_codes_reach_only_z_up(monkeypatch):
     model, layout, codes, labels, codebook = example((1, 3, 4))
     inputs, seen, latents = Checkerboard.inputs, [], codebook[codes]
-    monkeypatch.setattr(Checkerboard, "inputs",
-                        lambda *args: seen.append(args[2]) or inputs(*args))
-    logits = model(latents, labels, layout)
-    z_up = seen[0]
-    close(z_up.norm(dim=-1), (torch.arange(26) > 0).float().expand(2, 26))
-    close(z_up[:, 1:10], latents[:, :1].expand(2, 9, 8))
-    close(z_up[:, [10, 13, 22, 25]], latents[:, [1, 3, 7, 9]])  # the corners
-    latents[:, 1:10] = latents[:, 1:10].flip(-1)
-    changed = model(codebook[codes], labels, layout, latents) != logits
-    assert not changed[:, :10].any() and changed[:, 10:].any(-1).all(), changed
+    monkeypatch.setattr(Checkerboard, "inputs", lambda *args: seen.append(args) or inputs(*args))
+    changed = model(latents, labels, layout) != model(latents, labels, layout, latents.flip(0))
+    assert not changed[:, 0].any() and changed[:, 1:].any(-1).all(), changed
+    (_, read, z_up, *_), (_, read_too, replaced, *_) = seen
+    assert equal(read, read_too) and equal(z_up, replaced.flip(0)) and not z_up[:, 0].any()
+    close(z_up[:, 1:].norm(dim=-1), torch.ones(2, 25))
+    corners = [0] * 9 + [1, 3, 7, 9]
+    close(z_up[:, [*range(1, 10), 10, 13, 22, 25]], latents[:, corners])
 
 
-def test_the_loss_is_a_flat_mean_from_log_V_AdaLN_a_plain_norm_and_RoPE_a_rotation():
-    """At the start; and RoPE tells all cells apart."""
+def test_the_loss_starts_at_log_V_AdaLN_as_a_plain_norm_and_RoPE_as_a_rotation():
+    """Which tells all cells apart. The loss is the flat mean over all tokens."""
     _, layout, codes, labels, codebook = example()
     model = Checkerboard(Config(SIZES, 3, 17, 8, 32, 3, 2, 48))
-    loss, _ = ckgen.loss_by_scale(model(codebook[codes], labels, layout), codes, layout)
-    assert abs(loss / math.log(17) - 1) < 0.02, loss
-    modulation = torch.stack(model.layers[1].modulation(torch.randn(2, 32)))
-    close(modulation[:, 0, 0, 0], torch.tensor([0, 1, 0, 1]), 0)
-    assert (modulation == modulation[..., :1]).all()
+    p = torch.rand(2, 21, 17).softmax(-1)
+    loss, _ = loss_by_scale(model(codebook[codes], labels, layout), codes, layout)
+    close(loss, torch.tensor(math.log(17)), 0.05)
+    loss, by_scale = loss_by_scale(p.log(), codes, layout)
+    close(loss, -p.gather(-1, codes[:, layout.cell[1:], None]).log().mean())
+    close(loss, by_scale @ torch.tensor([1.0, 4.0, 16.0]) / 21)
+    for i, modulation in enumerate(model.layers[1].modulation(torch.randn(2, 32))):
+        assert (modulation == i % 2).all()  # shift, scale, shift, scale
     x, (rope, k_rope) = torch.randn(2, 2, 22, 16), model.ropes(layout)[2]  # not a mixing layer
     close(ckgen.rotate(x, rope).norm(dim=-1), x.norm(dim=-1))
     assert equal(rope, k_rope) and len(rope[0, 1:].unique(dim=0)) == 21
-    p = torch.rand(2, 21, 17).softmax(-1)
-    loss, by_scale = ckgen.loss_by_scale(p.log(), codes, layout)
-    losses = -p.gather(-1, codes[:, layout.cell[1:], None]).log()
-    close(loss, losses.mean())
-    close(by_scale, torch.stack([losses[:, at].mean() for at in layout.scales]))
 
 
 @torch.no_grad()
@@ -234,14 +225,12 @@ def test_bfloat16_stays_close_to_float32_and_finds_the_same_codes(finished):
     logits = model(codebook[codes], labels, layout)
     ckgen.for_sampling(model, torch.bfloat16)
     kept = {name.split(".")[0] for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == {"norm", "lm_head"}
     error = (model(codebook[codes].bfloat16(), labels, layout) - logits).std() / logits.std()
-    assert 0 < error < 0.05, error  # 0.004 for one rounding
+    assert 0 < error < 0.05 and kept == {"norm", "lm_head"}, error  # 0.004 for one rounding
     exact, rough = (ckgen.load(finished / "checkpoint.pt", dtype=dtype)[1]
                     for dtype in (torch.float32, torch.bfloat16))
     latents = rough.encode(torch.rand(2, 3, 16, 16))
     assert rough.quant_conv.weight.dtype == torch.bfloat16 and latents.dtype == torch.float32
-    assert equal(rough.codebook(), exact.codebook())
     assert equal(rough.quantize(latents), exact.quantize(latents))
 
 
@@ -264,7 +253,7 @@ def test_sampling_never_waits_for_the_gpu():
     model, layout = model.to("meta"), Layout(SIZES, 4, "meta")
     with Watch():
         for cfg in (0, 1.5):
-            assert ckgen.sample(model, codebook, labels, layout, cfg, 5, 0.7).shape == (2, 21)
+            assert sample(model, codebook, labels, layout, cfg, 5, 0.7).shape == (2, 21)
         with pytest.raises(AssertionError):
             codebook[torch.tensor([0])]
 
@@ -287,31 +276,28 @@ class RecordedGraph(TorchDispatchMode):
                     old.copy_(new)  # neither a view nor in place
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @torch.no_grad()
-def test_graph_draws_what_sample_draws(device, monkeypatch):
+def test_graph_draws_what_sample_draws(monkeypatch):
     """For other labels, seeds and weights than those of its capture too."""
-    if device == "cpu":
-        stream, nothing = argparse.Namespace(wait_stream=id), contextlib.nullcontext
+    device, nothing = "cuda", contextlib.nullcontext
+    if not torch.cuda.is_available():
+        device, stream = "cpu", argparse.Namespace(wait_stream=id)
         stubs = dict(CUDAGraph=RecordedGraph, graph=lambda graph, stream: graph, stream=nothing,
                      Stream=lambda: stream, current_stream=lambda: stream, device=nothing)
-        for name, stub in stubs.items():
-            monkeypatch.setattr(torch.cuda, name, stub)
-    elif not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    model, *_, codebook = example()
-    model, codebook, layout = model.to(device), codebook.to(device), Layout(SIZES, 4, device)
-    generator, options = torch.Generator(device), {"cfg": 0.5, "cfg_start": 2, "temperature": 0.7}
-    graph = ckgen.SamplerGraph(model, codebook, layout, 3, generator, **options)
-    drawn = []
-    for labels, seed in (([0, 1, 2], 0), ([2, 2, 0], 0), ([2, 2, 0], 1), ([2, 2, 0], 1)):
-        labels = torch.tensor(labels, device=device)
+        for name in stubs:
+            monkeypatch.setattr(torch.cuda, name, stubs[name])
+    model, _, _, labels, codebook = (x if isinstance(x, Layout) else x.to(device)
+                                     for x in example(B=3))
+    layout, generator, drawn = Layout(SIZES, 4, device), torch.Generator(device), []
+    graph = ckgen.SamplerGraph(model, codebook, layout, 3, generator, cfg=0.5, cfg_start=2)
+    for label, seed in ((0, 0), (2, 0), (2, 1), (2, 1)):
+        labels[0] = label
         model.class_embeddings.weight[2] *= -1
-        drawn.append(ckgen.sample(model, codebook, labels, layout, **options,
-                                  generator=generator.manual_seed(seed)))
         generator.manual_seed(seed)
-        assert equal(graph(labels), drawn[-1]), (labels, seed)
-        assert not any(equal(x, drawn[-1]) for x in drawn[:-1])
+        drawn.append(graph(labels).tolist())
+        generator.manual_seed(seed)
+        expected = sample(model, codebook, labels, layout, 0.5, 2, 1, generator)
+        assert drawn[-1] == expected.tolist() and drawn.count(drawn[-1]) == 1, (label, seed)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -339,8 +325,7 @@ def test_progress_frames_show_only_what_was_drawn():
     assert np.array_equal(frames[-1], ckgen.decode_scale(tokenizer, codes, layout))
     for t, (scale, _, end) in enumerate(layout.steps):
         drawn = (end - 1 - layout.scales[scale].start) / SIZES[scale] ** 2
-        shown = (frames[t] != 128).any(-1).mean()
-        assert abs(shown - drawn) < 0.02, (t, shown, drawn)
+        assert abs((frames[t] != 128).any(-1).mean() - drawn) < 0.02, t
         later = codes.index_fill(1, layout.cell[end:], 0)
         assert np.array_equal(frames[t], ckgen.progress_frames(tokenizer, later, layout)[t]), t
 
@@ -348,99 +333,38 @@ def test_progress_frames_show_only_what_was_drawn():
 # ------------------------------------------------------------------------------------------------
 # The author's released files
 
-RELEASED = """
-empty_token_{emb,pos} 32
-llama.norm.weight 32
-llama.rotary_emb.mixing_coeffs 2 2
-llama.rotary_emb.position_embeddings.parametrizations.weight.original 23 32
-class_embeddings.weight 6 32
-embed_positions.weight 21 32
-embed_codevecs_mlp.net.0.+ 64 8
-embed_codevecs_mlp.net.2.+ 64 64
-embed_codevecs_mlp.net.4.+ 32 64
-src_latents_proj.+ 32 32
-combine_inputs.+ 32 128
-lm_head.+ 24 32
-llama.layers.{0,1,2}.attention.wqkv.weight 96 32
-llama.layers.{0,1,2}.attention.wo.weight 32 32
-llama.layers.{0,1,2}.feed_forward.w{1,3}.weight 48 32
-llama.layers.{0,1,2}.feed_forward.w2.weight 32 48
-llama.layers.{0,1,2}.{attention,ffn}_norm.weight 32
-llama.layers.{0,1,2}.{input,post_attention}_modulation.adaLN_modulation.1.+ 64 32
-autoenc.encoder.conv_in.+ 32 3 3 3
-autoenc.encoder.conv_blocks.{0,1}.res.0.conv{1,2}.+ 32 32 3 3
-autoenc.encoder.conv_blocks.{0,1}.res.0.norm{1,2}.+ 32
-autoenc.encoder.conv_blocks.1.attn.0.{q,k,v,proj_out}.+ 32 32 1 1
-autoenc.encoder.conv_blocks.1.attn.0.norm.+ 32
-autoenc.encoder.conv_blocks.0.downsample.conv.+ 32 32 3 3
-autoenc.encoder.conv_out.+ 64 32 3 3
-autoenc.decoder.conv_in.+ 32 64 3 3
-autoenc.decoder.conv_blocks.{0,1}.res.{0,1}.conv{1,2}.+ 32 32 3 3
-autoenc.decoder.conv_blocks.{0,1}.res.{0,1}.norm{1,2}.+ 32
-autoenc.decoder.conv_blocks.0.attn.{0,1}.{q,k,v,proj_out}.+ 32 32 1 1
-autoenc.decoder.conv_blocks.0.attn.{0,1}.norm.+ 32
-autoenc.decoder.conv_blocks.0.upsample.conv.+ 32 32 3 3
-autoenc.decoder.conv_out.+ 3 32 3 3
-autoenc.{encoder,decoder}.mid.{0,2}.conv{1,2}.+ 32 32 3 3
-autoenc.{encoder,decoder}.mid.{0,2}.norm{1,2}.+ 32
-autoenc.{encoder,decoder}.mid.1.{q,k,v,proj_out}.+ 32 32 1 1
-autoenc.{encoder,decoder}.mid.1.norm.+ 32
-autoenc.{encoder,decoder}.norm_out.+ 32
-autoenc.quant_conv.+ 8 64 1 1
-autoenc.post_quant_conv.+ 64 8 1 1
-autoenc.quantize.embedding.parametrizations.weight.original 24 8
-autoenc.quantize.initialized
-autoenc.cluster_usage_train 24"""  # key and shape; + is weight and bias
-
-def released_tensors(prefix=""):
-    """A small model in the author's format, random."""
-    tensors, g = {}, torch.Generator().manual_seed(0)
-    for line in RELEASED.replace("+", "{weight,bias}").strip().split("\n"):
-        key, *shape = line.split()
-        parts = re.split(r"\{(.*?)\}", key)  # each second one is a list of alternatives
-        for name in map("".join, product(*(part.split(",") for part in parts))):
-            size = [*map(int, shape)][:1 if name.endswith("bias") else None]
-            if name.startswith(prefix):
-                tensors[name.removeprefix(prefix)] = 0.2 * torch.randn(size, generator=g)
-    return tensors
+THEIR_NAMES = {r"^(layers|norm)": r"llama.\1", r"modulation\.": "modulation.adaLN_modulation.",
+               "vecs_mlp": "vecs_mlp.net", "^rope_mix": "llama.rotary_emb.mixing_coeffs",
+               "^rope$": "llama.rotary_emb.position_embeddings.parametrizations.weight.original",
+               r"^(encoder|decoder|quant_conv|post_quant_conv|codebook)": r"autoenc.\1",
+               r"(encoder.*)resample\.1": r"\1downsample.conv", r"resample\.1": "upsample.conv",
+               "codebook_weight": "quantize.embedding.parametrizations.weight.original"}
 
 
-OUR_NAMES = {"llama.": "", "autoenc.": "", "adaLN_modulation.": "", "mlp.net": "mlp",
-             "downsample.conv": "resample.1", "upsample.conv": "resample.1",
-             "rotary_emb.mixing_coeffs": "rope_mix",
-             "rotary_emb.position_embeddings.parametrizations.weight.original": "rope",
-             "quantize.embedding.parametrizations.weight.original": "codebook_weight"}
+def released_model():
+    """Random modules, and their tensors under the names of the author's files."""
+    torch.manual_seed(0)
+    parts = [Checkerboard(Config(SIZES, 5, 24, 8, 32, 3, 2, 48, 2)),
+             Tokenizer(TokenizerConfig(24, 8, 2, 64, (32, 32), 1))]
+    tensors = {"autoenc.cluster_usage_train": torch.zeros(24)}  # a statistic of training
+    for part in parts:
+        for name, value in part.state_dict().items():
+            for ours, theirs in THEIR_NAMES.items():
+                name = re.sub(ours, theirs, name)
+            tensors[name] = value.normal_(std=0.2)
+    return parts, tensors
 
 
 def test_released_tensors_land_in_their_places(tmp_path):
-    theirs, path = released_tensors(), tmp_path / "released.pth"
+    parts, theirs = released_model()
     state = {"model": theirs, "model_ema": None, "args": argparse.Namespace(lr=1)}
-    torch.save(state, path)
-    model, tokenizer, *_ = ckgen.load(path)
-    assert model.config == Config(SIZES, 5, 24, 8, 32, 3, 2, 48, 2)
-    assert tokenizer.config == TokenizerConfig(24, 8, 2, 64, (32, 32), 1)
-    ours = model.state_dict() | tokenizer.state_dict()
-    for key, value in theirs.items():
-        for old, new in OUR_NAMES.items():
-            key = key.replace(old, new)
-        assert key in ("quantize.initialized", "cluster_usage_train") or equal(ours[key], value)
-    assert len(ours) == len(theirs) - 2
+    torch.save(state, tmp_path / "a.pth")
+    for own, part in zip(parts, ckgen.load(tmp_path / "a.pth")):
+        assert part.config == own.config and not differences(part.state_dict(), own.state_dict())
     del theirs["src_latents_proj.weight"], theirs["src_latents_proj.bias"]
-    torch.save(state, path)  # older files have none
-    assert equal(ckgen.load(path)[0].src_latents_proj(torch.eye(32)), torch.eye(32))
-
-
-@pytest.mark.parametrize("layout", ["state_dict", "model", None])
-def test_tokenizer_files_in_three_layouts(tmp_path, layout):
-    tensors, path = released_tensors("autoenc."), tmp_path / "tokenizer.pt"
-    codebook = tensors.pop("quantize.embedding.parametrizations.weight.original")
-    name = "weight" if layout == "model" else "parametrizations.weight.original"  # as LlamaGen's
-    tensors[f"quantize.embedding.{name}"] = codebook
-    torch.save({layout: tensors} if layout else tensors, path)
-    tokenizer = ckgen.load_tokenizer(path)
-    codes = tokenizer.encode_pyramid(torch.rand(2, 3, 8, 8), (2, 4))
-    assert tokenizer.decode_codes(codes[:, 4:]).shape == (2, 3, 8, 8)
-    assert equal(tokenizer.codebook_weight, codebook)
+    torch.save(state, tmp_path / "b.pth")  # older files have none
+    project = ckgen.load(tmp_path / "b.pth")[0].src_latents_proj
+    assert equal(project(torch.eye(32)), torch.eye(32))
 
 
 GOLDEN = os.environ.get("CKGEN_GOLDEN")
@@ -449,36 +373,38 @@ GOLDEN = os.environ.get("CKGEN_GOLDEN")
 @pytest.mark.skipif(not GOLDEN, reason="needs CKGEN_GOLDEN")
 @torch.no_grad()
 def test_released_model_number_for_number(tmp_path):
-    path, out = f"{GOLDEN}/checkpoint-last.pth", tmp_path / "one.png"
-    golden = {key: torch.from_numpy(x) for key, x in np.load(f"{GOLDEN}/expected.npz").items()}
+    path, out = f"{GOLDEN}/checkpoint-last.pth", tmp_path / "two.npz"
+    golden = np.load(f"{GOLDEN}/expected.npz")
     model, tokenizer, *_ = ckgen.load(path)
-    sizes, labels, codebook = model.config.sizes, golden["labels"], tokenizer.codebook()
+    sizes, labels = model.config.sizes, torch.from_numpy(golden["labels"])
     alone = ckgen.load_tokenizer(f"{GOLDEN}/autoenc/checkpoint.pth")
     assert not differences(alone.state_dict(), tokenizer.state_dict())
 
-    def pyramid(key):
-        return torch.cat([golden[f"{key}_s{n}"].flatten(1) for n in sizes], 1)
+    def check(key, ours, atol):
+        maps = [golden[name].reshape(2, -1) for name in golden if name.startswith(f"{key}_s")]
+        theirs = np.concatenate(maps, 1) if maps else golden[key]
+        assert np.abs(ours.numpy() - theirs.astype(float)).max() <= atol, key
 
-    codes = tokenizer.encode_pyramid(golden["images"], sizes)
-    close(codes, pyramid("q_inds"), 0)
+    codes = tokenizer.encode_pyramid(torch.from_numpy(golden["images"]), sizes)
+    check("q_inds", codes, 0)
     for n in sizes:
-        close(tokenizer.decode(golden[f"zq_s{n}"]), golden[f"dec_s{n}"], 1e-3)
+        check(f"dec_s{n}", tokenizer.decode(torch.from_numpy(golden[f"zq_s{n}"])), 1e-3)
+    codebook = tokenizer.codebook()
     for P in (1, 2, 4, 8):
-        layout = Layout(sizes, P)
-        logits = model(codebook[codes], labels, layout)
-        loss, by_scale = ckgen.loss_by_scale(logits, codes, layout)
-        close(logits, golden[f"tf_logits_P{P}"], 1e-3)
-        close(loss, golden[f"tf_loss_P{P}"], 1e-4)
-        close(by_scale, golden[f"tf_loss_by_scale_P{P}"], 1e-4)
+        logits = model(codebook[codes], labels, Layout(sizes, P))
+        loss, by_scale = loss_by_scale(logits, codes, Layout(sizes, P))
+        check(f"tf_logits_P{P}", logits, 1e-3)
+        check(f"tf_loss_P{P}", loss, 1e-4)
+        check(f"tf_loss_by_scale_P{P}", by_scale, 1e-4)
     for (name, cfg), P in product((("cfg0", 0), ("cfg1p5", 1.5)), (4, 8)):
-        drawn, entropies = ckgen.sample(model, codebook, labels, Layout(sizes, P), cfg,
+        drawn, entropies = sample(model, codebook, labels, Layout(sizes, P), cfg,
                                         temperature=0, return_entropy=True)
-        close(drawn, pyramid(f"am_{name}_P{P}_tokens"), 0)
-        close(entropies, pyramid(f"am_{name}_P{P}_entropy"), 1e-3)
-        ckgen.main(f"{path} --class {labels[0]} --n 1 --steps {P} --cfg {cfg} --temperature 0 "
-                   f"--device cpu --out {out}".split())
-        picture = torch.from_numpy(np.array(Image.open(out), int)).permute(2, 0, 1)
-        close(picture, golden[f"am_{name}_P{P}_image_u8"][0].long(), 1)
+        check(f"am_{name}_P{P}_tokens", drawn, 0)
+        check(f"am_{name}_P{P}_entropy", entropies, 1e-3)
+        ckgen.main(f"{path} --class {labels[0]} {labels[1]} --n 2 --steps {P} --cfg {cfg} "
+                   f"--temperature 0 --device cpu --out {out}".split())
+        pictures = torch.from_numpy(np.load(out)["arr_0"]).permute(0, 3, 1, 2)
+        check(f"am_{name}_P{P}_image_u8", pictures, 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -547,11 +473,11 @@ def test_overfits_a_handful_of_images_and_gives_them_back(tmp_path):
     tokenizer = random_tokenizer(64)
     images = train_tiny.as_input(train_tiny.Images(None, 16).read(range(3)))
     codes = tokenizer.encode_pyramid(images, SIZES)
-    model = Checkerboard(Config(SIZES, 3, 64, 8, 64, 2, 4, 96))
-    state = train_on(codes, tmp_path, iters=200, width=64, layers=2, ffn=96)
+    state = train_on(codes, tmp_path, iters=200, width=64)
+    model = Checkerboard(Config(**state["config"]))
     model.load_state_dict(state["model"])
     for P in (1, 2, 3, 4, 16):
-        drawn = ckgen.sample(model, tokenizer.codebook(), torch.arange(3), Layout(SIZES, P),
+        drawn = sample(model, tokenizer.codebook(), torch.arange(3), Layout(SIZES, P),
                              temperature=0)
         assert equal(drawn, codes), (P, drawn != codes)
 
@@ -560,44 +486,43 @@ def test_a_batch_draws_P_drops_labels_and_replaces_codes(tmp_path, monkeypatch):
     """Every P up to N*N occurs, half of them powers of two up to N, the others with log-uniform
     shares. A tenth of the labels is dropped, and a tenth of the codes replaced in z_up alone."""
     seen = []
-    monkeypatch.setattr(Checkerboard, "forward", lambda self, *inputs: seen.append(inputs)
-                        or self.lm_head.bias.expand(16, 21, -1))
+    monkeypatch.setattr(Checkerboard, "forward", lambda self, x, y, layout, noisy: seen.append(
+        (len(layout.steps), y == 3, (x != noisy).any(-1), x == x[:, :1]))
+        or self.lm_head.bias.expand(16, 21, -1))
     codes = torch.arange(64)[:, None].expand(-1, 21)  # one code in all cells of an image
-    train_on(codes, tmp_path, iters=600, muon=0.0, replace_codes=0.1, width=32, heads=2, ffn=48)
-    latents, labels, layouts, noisy = zip(*seen)
-    P = [sum(scale == 2 for scale, *_ in layout.steps) for layout in layouts]
-    assert {*P} == {*range(1, 17)}
-    share = np.mean([p in (1, 2, 4) for p in P])
-    assert abs(share - 0.5 - 0.5 * math.log(2 * 3 / 2 * 5 / 4, 17)) < 0.05, share
-    latents, noisy = torch.stack(latents), torch.stack(noisy)               # (600, 16, L, C)
-    assert equal(latents, latents[:, :, :1].expand_as(latents)), "the true codes were replaced"
-    close((torch.stack(labels) == 3).float().mean(), torch.tensor(0.1), 0.01)
-    close((latents != noisy).any(-1).float().mean(), torch.tensor(0.1 * 63 / 64), 0.003)
+    train_on(codes, tmp_path, iters=600, muon=0.0, replace_codes=0.1, width=32, heads=2)
+    steps, *rates = zip(*seen)
+    shares = [np.mean([n in (3, 5, 9) for n in steps]), *(torch.stack(x).mean(dtype=float)
+                                                          for x in rates)]
+    expected = [0.5 + 0.5 * math.log(2 * 3 / 2 * 5 / 4, 17), 0.1, 0.1 * 63 / 64, 1]
+    assert {*steps} == {3, 5, 7, *range(9, 22)}  # 1 + min(P, 4) + P
+    assert np.allclose(shares, expected, 0.07), (shares, expected)
 
 
-def test_a_batch_in_parts_gives_the_same_weights_and_L_ends_with_five_batches(
-        tmp_path, monkeypatch):
+def test_five_batches_or_four_parts_give_the_weights_of_one_batch(tmp_path, monkeypatch):
+    """But for rounding. Batches are accumulated after an epoch: here of one step."""
     forward, sizes, weights = Checkerboard.forward, [], []
     monkeypatch.setattr(Checkerboard, "forward",
                         lambda *inputs: sizes.append(len(inputs[1])) or forward(*inputs))
     sgd = functools.partial(torch.optim.SGD, lr=0.0)  # AdamW would multiply the rounding
     monkeypatch.setattr(train_tiny, "make_optimizers", lambda model, run: [sgd(model.parameters())])
-    for parts in (1, 2, 4):
+    for batch, after, parts, expected in ((4, 3, 1, [4] * 8), (20, 9, 1, [20] * 4),
+                                          (20, 9, 4, [5] * 16), (4, 0, 2, [2] * 40)):
         monkeypatch.setattr(train_tiny, "parts_that_fit", lambda *rest: parts)
-        state = train_on(example(B=16)[2], tmp_path, iters=4, lr=2.0, epochs=4, batch_size=4,
-                         accumulate_from=3)
-        assert sizes == [4 // parts] * (3 + 5) * parts, (parts, sizes)
-        sizes.clear()
+        state = train_on(example(B=16)[2], tmp_path, iters=4, epochs=4, lr=2.0, width=32, heads=2,
+                         batch_size=batch, accumulate_from=after)
         os.remove(tmp_path / "checkpoint.pt")
+        assert sizes == expected, (parts, sizes)
+        sizes.clear()
         weights.append(torch.cat([x.flatten() for x in state["model"].values()]))
-        close(weights[-1], weights[0])
+    close(torch.stack(weights[2:]), weights[1].expand(2, -1))
     assert state["model"]["lm_head.weight"].abs().max() > 0.01, "nothing was learned"
 
 
 def test_learning_rates_of_the_paper():
     """Sec. 4.1, in epochs of ten steps. tiny warms up, then falls linearly."""
     for name, iters, rates in (
-            ("S", 1100, {0: 1e-5, 9: 1e-4, 999: 1e-4, 1000: 3.1623e-5, 1049: 3.1623e-5, 1050: 1e-5}),
+            ("S", 1100, {0: 1e-5, 9: 1e-4, 999: 1e-4, 1000: 3.1623e-5, 1050: 1e-5}),
             ("L", 2060, {0: 5e-6, 9: 5e-5, 1999: 5e-5, 2000: 1e-5, 2059: 1e-5}),
             ("tiny", 1000, {0: 3e-4, 100: 5.4e-3, 500: 3e-3, 999: 6e-6})):
         run = argparse.Namespace(**PAPER[name] | {"iters": iters})
@@ -605,48 +530,44 @@ def test_learning_rates_of_the_paper():
             assert abs(run.lr * train_tiny.lr_factor(run, step) - rate) < 1e-9, (name, step)
 
 
-@pytest.mark.parametrize("name, kinds", [("S", ["AdamW"]), ("tiny", ["AdamW", "Muon"])])
-def test_every_parameter_learns_and_vectors_do_not_decay(name, kinds):
+@pytest.mark.parametrize("name", ["S", "tiny"])
+def test_every_parameter_learns_and_vectors_do_not_decay(name):
     model, layout, codes, labels, codebook = example()
-    ckgen.loss_by_scale(model(codebook[codes], labels, layout), codes, layout)[0].backward()
+    loss_by_scale(model(codebook[codes], labels, layout), codes, layout)[0].backward()
     before = tree_map(torch.clone, model.state_dict())
     optimizers = train_tiny.make_optimizers(model, argparse.Namespace(**PAPER[name]))
     for optimizer in optimizers:
         optimizer.step()
     assert len(differences(before, model.state_dict())) == len(before)
-    for group in optimizers[0].param_groups:
-        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.01}
-    assert [type(optimizer).__name__ for optimizer in optimizers] == kinds
+    decay = {(group["weight_decay"], p.ndim > 1) for group in optimizers[0].param_groups
+             for p in group["params"]}
+    assert decay == {(0.01, True), (0, False)} and len(optimizers) == 1 + (name == "tiny")
 
 
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
-def test_muon_moves_along_the_orthogonal_factor(shape):
+def test_muon_moves_along_the_orthogonal_factor():
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(shape))
-    p.grad = torch.randn(shape)
-    train_tiny.Muon([p], lr=1.0).step()
-    moved = p.detach() / max(1, shape[0] / shape[1]) ** 0.5
-    u, values, v = torch.linalg.svd(p.grad, full_matrices=False)
-    values = torch.linalg.svdvals(moved)
-    assert 0.6 < values.min() and values.max() < 1.3, values
-    assert F.cosine_similarity(moved.flatten(), -(u @ v).flatten(), 0) > 0.97
-    if hasattr(torch.optim, "Muon"):  # which computes in bfloat16
-        theirs = torch.nn.Parameter(torch.zeros(shape))
-        theirs.grad = p.grad
-        torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0).step()
-        assert (p - theirs).norm() < 0.03 * p.norm(), p - theirs
+    for gradient in (torch.randn(16, 40), torch.randn(40, 10)):
+        ours, theirs = (torch.nn.Parameter(0 * gradient) for _ in range(2))
+        ours.grad = theirs.grad = gradient
+        train_tiny.Muon([ours], lr=1.0).step()
+        u, _, v = torch.linalg.svd(gradient, full_matrices=False)
+        values = -u.T @ ours @ v.T / max(1, len(u) / len(v)) ** 0.5
+        close(values, values.diag().diag())
+        assert 0.6 < values.diag().min() and values.max() < 1.3, values
+        if hasattr(torch.optim, "Muon"):  # which computes in bfloat16
+            torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0).step()
+            close(theirs, ours, 0.03)
 
 
 def test_codebook_follows_its_latents_and_revives_unused_codes():
-    tokenizer, g = random_tokenizer(16), torch.Generator()
-    centres = F.normalize(torch.randn(8, 8))
+    tokenizer, centres = random_tokenizer(16), F.normalize(torch.randn(8, 8))
     tokenizer.codebook_weight = torch.cat([centres + 0.1 * torch.randn(8, 8), -centres])  # 8 lost
     for _ in range(600):
         latents = F.normalize(centres.repeat(8, 1) + 0.02 * torch.randn(64, 8))
         codes = (latents @ tokenizer.codebook().T).argmax(-1)
-        train_tiny.update_codebook(tokenizer, latents, codes, g)
+        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator())
     alike = tokenizer.codebook() @ centres.T                                # (16, 8)
-    assert alike.amax(1).min() > 0.99 and alike.amax(0).min() > 0.99, alike
+    assert min(alike.amax(1).min(), alike.amax(0).min()) > 0.99, alike
 
 
 @pytest.mark.parametrize("owner, name, number", [
@@ -713,71 +634,62 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 2 classes with 60 pictures each."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("pictures")
     for i in range(120):
         (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        picture = Image.fromarray(rng.integers(1, 256, (3, 4, 3), np.uint8)).resize((20, 24))
-        picture.save(folder / "ab"[i % 2] / f"{i}.png")
+        picture = Image.fromarray(np.random.default_rng(i).integers(1, 256, (3, 4, 3), "u1"))
+        picture.resize((20, 24)).save(folder / "ab"[i % 2] / f"{i}.png")
     return folder
 
 
 def test_reads_whatever_pillow_opens(tmp_path):
-    """Halves of 77 and 255, whatever the type; halves of blue and red."""
-    values, clear = np.full((8, 8), 77.0), np.full((8, 8, 4), 255, "u1")
+    """77 to the left of 255, in many ways."""
+    values, clear, turned = np.full((8, 8), 77), np.full((8, 8, 4), 77, "u1"), Image.Exif()
     values[:, 4:] = 255
-    clear[:, :, :3], clear[:, 4:, 3] = 77, 0  # to the right transparent: white
-    for name, image in (("a.png", values.astype("u1")), ("b.png", (values * 257).astype("u2")),
-                        ("c.tif", (values * 2 ** 22).astype("i4")), ("d.png", clear),
-                        ("e.tif", (values / 255).astype("f4"))):
-        Image.fromarray(image).save(tmp_path / name)
-        read = np.array(train_tiny.read_picture(tmp_path / name, 8), int)
-        assert abs(read[:, [0, 7]] - [[77], [255]]).max() <= 1, (name, read[0])
-    colour, turned = Image.new("RGB", (40, 20), (200, 30, 60)), Image.Exif()
-    colour.paste((0, 0, 250), (0, 0, 20, 20))
-    turned[0x0112] = 8  # to be shown turned left by 90 degrees
-    for name, image in (("f.gif", colour.convert("P")), ("g.jpg", colour.convert("CMYK")),
-                        ("h.png", colour.rotate(-90, expand=True))):
-        image.save(tmp_path / name, exif=turned if name == "h.png" else b"")
-        read = np.array(train_tiny.read_picture(tmp_path / name, 8))
-        assert read[:, 0, 2].min() > 200 and read[:, 7, 0].min() > 150, (name, read[0])
+    clear[:, :4, 3] = 255
+    clear[:, 4:, 3] = 0  # transparent: white
+    turned[0x0112] = 8   # to be shown turned left by 90 degrees
+    grey = Image.fromarray(values.astype("u1"))
+    images = {"grey.png": grey, "palette.gif": grey.convert("P"), "cmyk.tif": grey.convert("CMYK"),
+              "alpha.png": clear, "16.png": (values * 257).astype("u2"),
+              "int32.tif": (values * 2 ** 22).astype("i4"), "f.tif": (values / 255).astype("f4")}
+    for name, image in images.items():
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(tmp_path / name)
+    grey.rotate(-90).save(tmp_path / "turned.png", exif=turned)
+    for path in tmp_path.iterdir():
+        read = np.array(train_tiny.read_picture(path, 8), int)
+        assert abs(read[:, [0, 7]] - [[77], [255]]).max() <= 1, (path, read[0])
 
 
 def test_unreadable_pictures_are_named_and_black(pictures, capsys, tmp_path):
-    (tmp_path / "a").symlink_to(pictures / "a")
-    folder = tmp_path / "b"
-    folder.mkdir()
-    for path in pictures.glob("b/*"):
-        (folder / path.name).symlink_to(path)
-    (folder / ".hidden").write_text("not a picture")
-    os.mkfifo(folder / "fifo.png")  # a program that opens it waits for ever
-    (folder / "bad.png").write_bytes(b"\x89PNG broken")
-    images = train_tiny.Images(tmp_path, 8)
-    read = images.read(range(len(images.paths)))
-    black = [path for path, x in zip(images.paths, read) if not x.any()]
-    assert black == [str(folder / "bad.png")] and "bad.png" in capsys.readouterr().err
-    assert len(read) == 121 and images.classes == ["a", "b"]
-    (folder / "worse.png").write_text("")
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    (folder / "b" / ".hidden").write_text("not a picture")
+    os.mkfifo(folder / "b" / "fifo.png")  # a program that opens it waits for ever
+    (folder / "b" / "bad.png").write_bytes(b"\x89PNG broken")
+    images = train_tiny.Images(folder, 8)
+    assert len(images.paths) == 121 and images.classes == ["a", "b"]
+    black = [path for i, path in enumerate(images.paths) if not images.read([i]).any()]
+    assert black == [str(folder / "b" / "bad.png")] and "bad.png" in capsys.readouterr().err
+    (folder / "b" / "worse.png").write_text("")
     with pytest.raises(ValueError, match="1 %"):
-        train_tiny.Images(tmp_path, 8).read(range(122))
+        train_tiny.Images(folder, 8).read(range(122))
 
 
 def test_ten_crops():
     images = torch.arange(36).view(1, 1, 6, 6)
-    crops = torch.stack([train_tiny.crop(images, 4, view)[0, 0] for view in range(10)])
-    assert crops[:5, 0, 0].tolist() == [0, 2, 12, 14, 7]  # the corners, then the centre
-    assert (crops == crops[:, :1, :1] + images[0, 0, :4, :4]).all((1, 2)).tolist()[:5] == [True] * 5
-    assert equal(crops[5:], crops[:5].flip(-1))
+    crops = torch.cat([train_tiny.crop(images, 4, view) for view in range(10)])[:, 0]
+    first = torch.tensor([0, 2, 12, 14, 7])[:, None, None]  # the corners, then the centre
+    assert equal(crops[:5], first + images[0, 0, :4, :4]) and equal(crops[5:], crops[:5].flip(-1))
 
 
 def test_toy_shapes_are_eight_classes_in_six_colours_always_the_same():
     images = train_tiny.Images(None, 32)
     shapes = images.read(range(64))
     pixels = {(*pixel,) for pixel in shapes.movedim(1, -1).flatten(0, 2).tolist()}
-    assert equal(shapes, images.read(range(64))) and len(images.classes) == 8
-    assert pixels > {*train_tiny.COLOURS, *train_tiny.GROUNDS}
-    for image, label in zip(shapes.amax(1) > 150, images.labels):
-        y, x = image.nonzero().float().mean(0).round().long()  # the centre of gravity
-        assert image[y, x] == (images.classes[label] != "ring"), images.classes[label]
+    assert equal(shapes, images.read(range(64))) and pixels > {*train_tiny.COLOURS}
+    centre = shapes.amax(1)[:, 15:17, 15:17].amin((1, 2)) > 150
+    shares = {name: centre[k::8].float().mean() for k, name in enumerate(images.classes)}
+    assert len(shares) == 8 and shares["ring"] < 0.5 < shares["circle"], shares
     halves = torch.cat([shapes[:32, ..., :16], shapes[32:, ..., 16:]], -1)
     assert train_tiny.two_colours(shapes) == 0 and 0.5 < train_tiny.two_colours(halves) < 1
 
@@ -789,17 +701,24 @@ def test_frechet_distance():
     assert abs(distance - 40) < 0.5, distance  # 3^2 * 4 + (2 - 1)^2 * 4
 
 
-def test_a_refit_changes_the_codebook_alone(pictures, tmp_path):
-    path = tmp_path / "vqgan.pt"
-    torch.save(released_tensors("autoenc."), path)
-    train("--data", pictures, "--tokenizer", path, "--out", tmp_path / "run",
-          *"--refit-codebook 12 --image-size 8 --iters 2".split())
-    given, refitted = map(ckgen.load_tokenizer, (path, tmp_path / "run" / "checkpoint.pt"))
-    assert len(differences(given.state_dict(), refitted.state_dict())) == 1
-    latents = given.encode(train_tiny.as_input(train_tiny.Images(pictures, 8).held_out()[0]))
-    far = [1 - torch.einsum("bchw,vc->bhwv", latents, tokenizer.codebook()).amax(-1).mean()
-           for tokenizer in (given, refitted)]
-    assert far[1] < 0.5 * far[0] and len(refitted.codebook()) == 12, far
+@pytest.mark.parametrize("layout", ["state_dict", "model", None])
+def test_a_refit_changes_the_codebook_alone_of_tokenizers_in_three_layouts(layout, pictures,
+                                                                           tmp_path):
+    path, out, tensors = tmp_path / "vqgan.pt", tmp_path / "run", {}
+    for name, value in released_model()[1].items():
+        if layout == "model":  # as LlamaGen's
+            name = name.replace("parametrizations.weight.original", "weight")
+        if name.startswith("autoenc."):
+            tensors[name.removeprefix("autoenc.")] = value
+    torch.save({layout: tensors} if layout else tensors, path)
+    train(*f"--data {pictures} --tokenizer {path} --refit-codebook 12 --image-size 8 --iters 2 "
+          f"--out {out}".split())
+    given, new = ckgen.load_tokenizer(path), ckgen.load_tokenizer(out / "checkpoint.pt")
+    assert len(differences(given.state_dict(), new.state_dict())) == 1
+    latents = given.encode(train_tiny.as_input(train_tiny.Images(pictures, 8).read(range(20))))
+    far, near = (torch.cdist(latents.flatten(2).mT, tokenizer.codebook()[None]).amin(-1).mean()
+                 for tokenizer in (given, new))
+    assert near < 0.7 * far and len(new.codebook()) == 12, (near, far)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -813,51 +732,36 @@ def command(*words):
     return ran.stdout
 
 
-TRAIN = (f"{HERE}/train_tiny.py --scale 2 --steps 4 --config tiny --device cpu --iters 4 "
-         "--image-size 16 --data").split()
-
-
-@pytest.fixture(scope="session")
-def trained(pictures, tmp_path_factory):
-    """The folder of a run on pictures, by the command."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    said = command(*TRAIN, pictures, "--out", folder)
-    for name in ("samples.png", "progress.gif", "pyramid.png", "log.csv", "checkpoint.pt"):
-        assert str(folder / name) in said and (folder / name).exists(), said
-    return folder
-
-
-def test_the_two_commands(trained, tmp_path):
-    out = tmp_path / "all.npz"
-    said = command(f"{HERE}/ckgen.py", trained / "checkpoint.pt", "--out", out,
+def test_the_two_commands_and_two_processes(pictures, tmp_path):
+    """Two processes train the weights of one, and one of them writes."""
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "all.npz"
+    options = (f"{HERE}/train_tiny.py --scale 2 --steps 4 --config tiny --device cpu --iters 4 "
+               f"--image-size 16 --data {pictures} --out").split()
+    for folder, launcher in ((one, ""), (two, "-m torch.distributed.run --standalone "
+                                              "--nproc-per-node=2")):
+        said = command(*launcher.split(), *options, folder)
+        assert said.count("maps 1x1 2x2 4x4") == 1, said
+        for name in ("samples.png", "progress.gif", "pyramid.png", "log.csv"):
+            assert said.count(str(folder / name)) == 1 and (folder / name).exists(), said
+    one, two = contents(one), contents(two)
+    assert one.keys() == two.keys()
+    tree_map(functools.partial(close, atol=1e-3), one["checkpoint.pt"]["model"],
+             two["checkpoint.pt"]["model"])
+    said = command(f"{HERE}/ckgen.py", folder / "checkpoint.pt", "--out", out,
                    *"--class b 0 --n 3 --steps 8 --cfg 1.5 --device cpu".split())
     assert "all.npz: 3 images, 13 steps each" in said
     assert np.load(out)["arr_0"].shape == (3, 16, 16, 3)
 
 
-def test_two_processes_train_the_weights_of_one_and_one_writes(trained, pictures, tmp_path):
-    said = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *TRAIN,
-                   pictures, "--out", tmp_path)
-    assert said.count("maps 1x1 2x2 4x4") == said.count("a row of samples") == 1, said
-    one, two = contents(trained), contents(tmp_path)
-    assert one.keys() == two.keys()
-    tree_map(functools.partial(close, atol=1e-3), one["checkpoint.pt"]["model"],
-             two["checkpoint.pt"]["model"])
-
-
 def test_sampling_by_command(finished, tmp_path):
-    state = ckgen.read(finished / "checkpoint.pt")
-    torch.save(state | {"classes": [*"76543210"]}, tmp_path / "named.pt")
-
-    def draw(options, name="one.png", path=finished / "checkpoint.pt"):
+    def draw(options, name="one.png"):
         out = tmp_path / name
-        ckgen.main(f"{path} --device cpu --out {out} {options}".split())
+        ckgen.main(f"{finished}/checkpoint.pt --device cpu --out {out} {options}".split())
         return np.load(out)["arr_0"] if name == "a.npz" else Image.open(out)
 
-    one = draw("--class circle --n 1", "a.npz")[0]
-    assert np.array_equal(one, draw("--class 0 --n 1"))  # the image itself, without a border
-    assert np.array_equal(one, draw("--class 7 --n 1", path=tmp_path / "named.pt"))
-    assert not np.array_equal(one, draw("--class 0 --n 1 --seed 1"))
+    one = draw("--class star --n 1", "a.npz")[0]
+    assert np.array_equal(one, draw("--class 4 --n 1"))  # the image itself, without a border
+    assert not np.array_equal(one, draw("--class 4 --n 1 --seed 1"))
     assert draw("", "a.npz").shape == (64, 16, 16, 3)  # eight of each class
     assert draw("--n 4 --steps 2", "a.gif").n_frames == 5
 
@@ -889,8 +793,8 @@ def test_explains_itself(capsys):
     said, layout = capsys.readouterr().out, Layout(SIZES, 4)
     assert re.findall(r"\d+", said[said.index("\n\n"):])[:64] == FIGURE_3.split()
     start = layout.steps[6][1]
+    assert "first of step 7 predicts the code of cell 10" in said and "pos[5]" in said
     assert (layout.cell[start], layout.before[start]) == (10, 5)
-    assert re.search(r"first of step 7 predicts the code of cell 10(.|\n)*pos\[5\]", said), said
     assert said.count("##") == layout.mask.sum() + 1, said  # and the sentence above
 
 
@@ -915,27 +819,23 @@ def refused(finished, tmp_path, monkeypatch, capfd):
     torch.save(state, "ok.pt")
     state["options"]["data"] = str(tmp_path / "full")
     torch.save(state, "old/checkpoint.pt")
-    torch.save({"model": released_tensors()}, "theirs.pt")
-
-    def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
+    torch.save({"model": released_model()[1]}, "theirs.pt")
 
     def check(main, arguments, complaint):
-        before = files()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*.*")}
         with pytest.raises(SystemExit) as stopped:
-            main(arguments)
+            main([*arguments, *([] if "--device" in arguments else ["--device", "cpu"])])
         said = capfd.readouterr()
         assert stopped.value.code == 2 and "executed" not in said.out
         assert said.err[:-1].isprintable() and "error: " in said.err, said.err  # one line
         assert complaint in said.err, said.err
-        assert files() == before
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*.*")}
 
     return check
 
 
 BAD_FILES = """
 data = data[:len(data) // 2]
-data = data[:-30]
 data = b""
 data = b"this is not a checkpoint"
 data = data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1:]
@@ -944,25 +844,19 @@ state["model"]["norm.weight"] *= nan
 state["tokenizer"]["codebook_weight"] *= nan
 del state["model"]["lm_head.bias"]
 state["model"]["more"] = torch.zeros(1)
-state["model"]["norm.weight"] = torch.ones(33)
 state["model"]["lm_head.weight"] = torch.ones(16, 32).to_sparse()
 state["model"]["lm_head.weight"] = torch.ones(16, 32, device="meta")
-state["model"]["lm_head.weight"] = torch.ones(16, 32).long()
-state["model"]["lm_head.weight"] = "a word"
 state["config"]["heads"] = 0
 state["config"]["sizes"] = ()
 state["config"]["sizes"] = (1, 10 ** 6)
 state["config"]["width"] = "wide"
-state["config"]["depth"] = 3
 state["classes"] = []
 state["classes"] = [0, 1, 2, 3, 4, 5, 6, 7]
-state["classes"] = [[]] * 8
 state["defaults"]["cfg"] = -0.4
 state["defaults"]["temperature"] = -0.1
 state["defaults"]["cfg"] = nan
 state["defaults"]["temperature"] = inf
 state["defaults"]["steps"] = 0
-state["defaults"]["steps"] = 2.5
 del state["tokenizer"]
 del state["model"], state["config"]
 state["tokenizer_config"]["codes"] = 17
@@ -978,58 +872,47 @@ def test_bad_checkpoints(fault, refused):
     torch.save(names["state"], path)
     if fault.startswith("data"):
         path.write_bytes(names["data"])
-    refused(ckgen.main, ["ok.pt", "--device", "cpu"], "ok.pt: damaged, or not for this program")
+    refused(ckgen.main, ["ok.pt"], "ok.pt: damaged, or not for this program")
 
 
 BAD_COMMANDS = """
-ckgen  missing.pt            | missing.pt
-ckgen  .                     | directory
-ckgen  ok.pt --class dog     | dog: not a number, nor among circle, ring
-ckgen  ok.pt --class 8       | --class 8
-ckgen  ok.pt --n 0           | --n: 0
-ckgen  ok.pt --steps 0       | --steps: 0
-ckgen  ok.pt --steps 2.5     | 2.5
-ckgen  ok.pt --cfg -1        | --cfg
-ckgen  ok.pt --cfg nan       | nan
-ckgen  ok.pt --temperature -0.1 | temperature
-ckgen  ok.pt --temperature inf | inf
-ckgen  ok.pt --seed -1       | --seed
-ckgen  ok.pt --device toaster | toaster
-ckgen  ok.pt --dtype float16 | float16
-ckgen  ok.pt --out x         | --out x
-ckgen  ok.pt --out x.jpg     | x.jpg
-ckgen  ok.pt --out no/x.png  | no/x.png
-ckgen  ok.pt --sed 3 4       | 4
-train  --steps 0             | --steps: 0
-train  --iters 0             | --iters: 0
-train  --batch-size -2       | --batch-size
-train  --lr 0                | --lr
-train  --lr nan              | nan
-train  --scale 5             | 5
-train  --config XL           | XL
-train  --image-size 30       | multiple of 4
-train  --seed x              | x
-train  --device toaster      | toaster
-train  --data missing        | missing
-train  --data empty          | empty: needs folders
-train  --data hollow         | hollow: needs folders
-train  --tokenizer ok.pt     | --tokenizer needs --data
-train  --refit-codebook 16   | --refit-codebook needs
-train  --data hollow/a --tokenizer no.pt | hollow/a
-train  --evaluate missing.pt | missing.pt
-train  --evaluate text.pt    | text.pt
-train  --evaluate theirs.pt  | theirs.pt: not a checkpoint of this program
-train  --evaluate ok.pt --data full | other classes
-train  --out ok.pt/run       | ok.pt
-train  --out old --data full | not the files"""
+ckgen missing.pt | missing.pt
+ckgen full | directory
+ckgen ok.pt --class dog | --class dog: not a number, nor among circle, ring
+ckgen ok.pt --class 8 | --class 8
+ckgen ok.pt --n 0 | --n: 0
+ckgen ok.pt --steps 2.5 | 2.5
+ckgen ok.pt --cfg -1 | --cfg
+ckgen ok.pt --cfg nan | nan
+ckgen ok.pt --temperature inf | inf
+ckgen ok.pt --device toaster | toaster
+ckgen ok.pt --dtype float16 | float16
+ckgen ok.pt --out x | --out x
+ckgen ok.pt --out no/x.png | no/x.png
+train --steps 0 | --steps: 0
+train --iters 0 | --iters: 0
+train --lr nan | nan
+train --scale 5 | 5
+train --config XL | XL
+train --image-size 30 | multiple of 4
+train --device toaster | toaster
+train --data missing | missing
+train --data empty | empty: needs folders
+train --data hollow | hollow: needs folders
+train --tokenizer ok.pt | --tokenizer needs --data
+train --refit-codebook 16 | --refit-codebook needs
+train --evaluate missing.pt | missing.pt
+train --evaluate theirs.pt | theirs.pt: not a checkpoint of this program
+train --evaluate ok.pt --data full | other classes
+train --out ok.pt/run | ok.pt
+train --out old --data full | not the files"""
 
 
 @pytest.mark.parametrize("line", BAD_COMMANDS.strip().split("\n"))
 def test_bad_command_lines(line, refused):
     words, complaint = (part.split() for part in line.split("|"))
     main = ckgen.main if words[0] == "ckgen" else train_tiny.main
-    device = [] if "--device" in words else ["--device", "cpu"]
-    refused(main, words[1:] + device, " ".join(complaint))
+    refused(main, words[1:], " ".join(complaint))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1135,18 +1018,15 @@ def test_a_cuda_device_has_an_index_and_bfloat16_only_if_native(card, monkeypatc
 def test_config_and_parts_of_a_batch_fit_the_card(card, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_tiny, "RECIPES", PAPER)
     monkeypatch.setattr(train_tiny, "Images", None)  # it stops there
-    for gigabytes, card.native, config in ((80, True, "S"), (24, True, "S"), (16, True, "tiny"),
-                                           (8, True, "tiny"), (80, False, "tiny")):
-        card.free = gigabytes * 2 ** 30
+    for card.free, card.native, config in ((2 ** 36, True, "S"), (3 * 2 ** 33, True, "S"),
+                                           (2 ** 33, True, "tiny"), (2 ** 36, False, "tiny")):
         with pytest.raises(TypeError):
             train_tiny.main(["--out", str(tmp_path)])
-        assert capsys.readouterr().out.startswith(f"Card: config {config} "), gigabytes
-    parts = []
+        assert capsys.readouterr().out.startswith(f"Card: config {config} "), card.free
+    parts, device = [], torch.device("cuda", 0)
     for card.free in (2 ** 37, 2 ** 35, 2 ** 34, 2 ** 33, 0):
-        parts.append(train_tiny.parts_that_fit(PAPER["L"], 64, 341, torch.device("cuda", 0),
-                                               torch.bfloat16))
-    assert parts[0] == 1 and parts[-1] == 64 and parts == sorted({*parts}), parts
-    assert not any(64 % n for n in parts), parts
+        parts.append(train_tiny.parts_that_fit(PAPER["L"], 64, 341, device, torch.bfloat16))
+    assert parts == sorted({*parts}) and parts[0] == 1 and not any(64 % n for n in parts), parts
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -1183,18 +1063,16 @@ def test_the_commands_on_a_card(card, native, tmp_path, monkeypatch, capsys):
         train_tiny.main("--evaluate run/checkpoint.pt".split())
         assert "samples: class accuracy" in capsys.readouterr().out
         seen.clear()
-        for name in ("a.png", "a.gif", "a.npz"):
-            ckgen.main(["run/checkpoint.pt", "--cfg", "1.5", "--out", name])
+        ckgen.main("run/checkpoint.pt --cfg 1.5 --out a.gif".split())
         assert seen == {("FeedForward", dtype), ("ResidualBlock", dtype), (dtype,) * 3}
-    assert card.current == [0] * 5
+    assert card.current == [0] * 3
 
 
 def test_sampling_takes_smaller_batches_when_memory_is_short(card):
     model, layout = example()[0].to("cuda:0"), Layout(SIZES, 1, "cuda:0")
-    tokenizer = random_tokenizer(17).to("cuda:0")
+    tokenizer, labels = random_tokenizer(17).to("cuda:0"), torch.zeros(70).long().to("cuda:0")
     image = 2 * 3 * 2 * 21 * 32 * 4  # two caches of three layers, keys and values, float32
     for card.free, n, lengths in ((2 ** 40, 70, [64, 6]), (40 * image, 45, [20, 20, 5]),
                                   (0, 2, [1, 1])):
-        labels = torch.zeros(n, dtype=torch.long, device="cuda:0")
-        drawn = [*ckgen.generate(model, tokenizer, labels, layout, cfg=1.5)]
+        drawn = ckgen.generate(model, tokenizer, labels[:n], layout, cfg=1.5)
         assert [len(codes) for codes in drawn if codes.is_cuda] == lengths
