@@ -983,13 +983,17 @@ def fake_exponential(e, generator):
 @pytest.fixture
 def card(monkeypatch):
     """Make torch believe in a card. Yields it; card.current are the devices that were set."""
+    if not hasattr(torch._C, "_ensureCUDADeviceGuardSet") or torch.cuda.is_available():
+        pytest.skip("for a machine without a card, and a torch that can make fake CUDA tensors")
     card, save, outside = Card(), torch.save, unset_fake_temporarily()
     card.current = []
     library = ctypes.CDLL(f"{os.path.dirname(torch.__file__)}/lib/libc10.so")
     guards = (ctypes.c_void_p * 16).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    guards[1] = guards[1] or guards[14]  # autograd asks for CUDA's guard: the meta device's, idle
+    before = guards[1]
+    guards[1] = guards[14]  # autograd asks for CUDA's guard and gets the meta device's: it is idle
     for owner, name, stub in (
             (torch._C, "_cuda_setDevice", card.current.append),
+            (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "is_bf16_supported",
              lambda including_emulation=True: including_emulation or card.native),
@@ -1004,6 +1008,7 @@ def card(monkeypatch):
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") comes by here
         yield card
         torch._C._set_only_lift_cpu_tensors(False)
+    guards[1] = before
 
 
 def test_a_cuda_device_has_an_index_and_bfloat16_only_if_native(card, monkeypatch):

@@ -712,6 +712,17 @@ def bench_works(name, scale, steps, device, dtype):
     return {"train": train, "draw": draw, "graph": graph, "decode": decode}, read
 
 
+@functools.cache
+def count_flops(work):
+    """Floating-point operations of matrix products in work(1) and in work(2)."""
+    counts = []
+    for batch in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            work(batch)
+        counts.append(counter.get_total_flops())
+    return counts
+
+
 def bench(args):
     """Print times of training, drawing and decoding beside their floor: the time in which this
     device copies the weights once a step, or multiplies as much in large matrices."""
@@ -728,10 +739,9 @@ def bench(args):
         for what, batch in [("train", RECIPES[name]["batch_size"])] + cases:
             if what == "graph" and device.type != "cuda":
                 continue
-            with FlopCounterMode(display=False) as counter:
-                works["draw" if what == "graph" else what](1)
             copies = read / bandwidth if what in ("draw", "graph") else 0
-            floor = max(copies, batch * counter.get_total_flops() / speed)
+            one, two = count_flops(works["draw" if what == "graph" else what])
+            floor = max(copies, (one + (batch - 1) * (two - one)) / speed)
             if floor > 10:
                 print(f"{name:5s}{what:7s}{batch:4d} images: at least {floor:.0f} s, left out")
                 continue
