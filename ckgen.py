@@ -324,28 +324,24 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def adaln(width):
-    """The class embedding (B, D) to a shift and a scale of all features, (B, 2D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-
 class Layer(nn.Module):
     """Attention and feed-forward, each after AdaLN: a norm that the class shifts and scales. As
     released, RMSNorm keeps a gain of its own although the scale could take it over."""
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.input_modulation = adaln(config.width)
+        D = config.width
+        self.attention_norm = nn.RMSNorm(D, eps=1e-6)
+        self.input_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.post_attention_modulation = adaln(config.width)
+        self.ffn_norm = nn.RMSNorm(D, eps=1e-6)
+        self.post_attention_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
         self.feed_forward = FeedForward(config)
 
-    def modulation(self, class_embedding):
-        """Two shifts and scales, (B, 1, D) each: the same for all tokens of an image."""
-        shift1, scale1 = self.input_modulation(class_embedding)[:, None].chunk(2, -1)
-        shift2, scale2 = self.post_attention_modulation(class_embedding)[:, None].chunk(2, -1)
+    def modulation(self, class_token):
+        """The class token (B, 1, D) to two shifts and two scales, (B, 1, D) each."""
+        shift1, scale1 = self.input_modulation(class_token).chunk(2, -1)
+        shift2, scale2 = self.post_attention_modulation(class_token).chunk(2, -1)
         return shift1, scale1, shift2, scale2
 
     def forward(self, x, modulation, q_rope, k_rope, mask=None, cache=None, start=0):
@@ -418,8 +414,8 @@ class Checkerboard(nn.Module):
     def embed_class(self, labels):
         """Labels (B,) to the class token (B, 1, D) and the shifts and scales of each layer. Labels
         are 0 ... classes-1, and `classes` for none."""
-        e = self.class_embeddings(labels)                                # (B, D)
-        return e[:, None], [layer.modulation(e) for layer in self.layers]
+        class_token = self.class_embeddings(labels)[:, None]             # (B, 1, D)
+        return class_token, [layer.modulation(class_token) for layer in self.layers]
 
     def inputs(self, latents, z_up, layout, start, end):
         """Eq. 1, its parts in the released order: the input tokens start ... end-1, (B, T, D), of
