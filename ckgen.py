@@ -51,10 +51,8 @@ from tqdm import tqdm
 def progressive_checkerboard(size):
     """Algorithm 1: all cells (x, y) of a size x size grid, in an order whose prefixes are balanced:
     at each level of the quadtree, the quadrants hold equally many of its cells, give or take one.
-
-    A size that is not a power of two takes the order of the next one, restricted to the grid; then
-    quadrants inside the grid are balanced. Raises ValueError if size < 1.
-    """
+    If size is not a power of two, the order of the next one is restricted to the grid; quadrants
+    inside the grid are balanced. Raises ValueError if size < 1."""
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
 
@@ -104,30 +102,27 @@ class Layout:
     """
 
     def __init__(self, sizes, P, device="cpu"):
-        cell, before = [torch.tensor([CLASS])], [torch.tensor([CLASS])]
-        block = [torch.tensor([0])]
         self.sizes = tuple(sizes)
         self.scales = []  # where each scale lies in the pyramid: [slice, ...]
         self.steps = []   # [(scale, start, end), ...]: step t draws tokens start ... end-1
-        start, offset = 1, 0
+        cell, before, block = [CLASS], [CLASS], [0]
         for scale, n in enumerate(sizes):
-            order = torch.tensor([offset + y * n + x for x, y in progressive_checkerboard(n)])
-            previous = torch.full_like(order, EMPTY)
+            first = len(cell) - 1
+            self.scales.append(slice(first, first + n * n))
+            order = torch.tensor([first + y * n + x for x, y in progressive_checkerboard(n)])
+            previous = [EMPTY] * n * n
             for b in order.tensor_split(min(P, n * n)):  # near-equal, larger first: the block
-                # before is never shorter, and at most its last cell is not read
-                self.steps.append((scale, start, start + len(b)))
-                cell.append(b)
-                before.append(previous[:len(b)])
-                block.append(torch.full_like(b, len(self.steps)))
-                start += len(b)
+                b = b.tolist()  # before is never shorter, and at most its last cell is not read
+                self.steps.append((scale, len(cell), len(cell) + len(b)))
+                cell += b
+                before += previous[:len(b)]
+                block += [len(self.steps)] * len(b)
                 previous = b
-            self.scales.append(slice(offset, offset + n * n))
-            offset += n * n
-        self.cell = torch.cat(cell).to(device)      # (1+L,) b_i: the cell that a token predicts
-        self.before = torch.cat(before).to(device)  # (1+L,) b_{i-1}: the cell whose code it reads
-        block = torch.cat(block).to(device)         # (1+L,) number of the block; class token: 0
-        self.mask = block[:, None] >= block         # (1+L, 1+L) a row's token sees the columns of
-        #                                             its own block and of all blocks before
+        self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
+        self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
+        block = torch.tensor(block, device=device)         # (1+L,) its number; class token: 0
+        self.mask = block[:, None] >= block  # (1+L, 1+L): a row's token sees the columns of its own
+        #                                      block and of all blocks before, in all scales
 
 
 # 3. Tokenizer (Sec. 3.3): images to codes and back. train_tiny.py trains it, codebook included. ---
@@ -177,8 +172,6 @@ class Tokenizer(nn.Module):
     def resize(self, images, n):
         """The images at the size that is encoded to an n x n map. No antialiasing: as released."""
         side = n * self.config.stride
-        if images.shape[-1] == side:
-            return images
         return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
 
     @torch.no_grad()
@@ -264,19 +257,15 @@ def rope_table(sizes, head_width):
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
-    y_pairs = pairs - scale_pairs - x_pairs
-
-    def frequencies(count, base):
-        return base ** -(torch.arange(count) / max(1, count))
-
+    frequencies = [base ** -(torch.arange(count) / max(1, count)) for count, base in (
+        (x_pairs, N * N), (pairs - scale_pairs - x_pairs, N * N), (scale_pairs, 10))]
     rows = []
     for k, n in enumerate(sizes):
-        centre = (torch.arange(n) + 0.5) * N / n                                    # (n,)
-        x = centre[None, :, None] * frequencies(x_pairs, N * N)                     # (1, n, .)
-        y = centre[:, None, None] * frequencies(y_pairs, N * N)                     # (n, 1, .)
-        scale = (k + 1) * math.pi / 2 * frequencies(scale_pairs, 10)                # (.,)
-        angles = torch.cat([part.expand(n, n, -1) for part in (x, y, scale)], -1)   # (n, n, d/2)
-        rows.append(angles.flatten(0, 1))
+        centre = (torch.arange(n) + 0.5) * N / n                         # (n,), in cells of N x N
+        y, x = torch.meshgrid(centre, centre, indexing="ij")             # (n, n)
+        scale = torch.full((n, n), (k + 1) * math.pi / 2)
+        angles = [at[..., None] * f for at, f in zip((x, y, scale), frequencies)]
+        rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
     return torch.cat([*rows, torch.zeros(2, pairs)])
 
 
@@ -565,17 +554,16 @@ def picture_grid(rows, names=()):
     Small pictures are enlarged pixel by pixel, to the size of the last row's or more."""
     height, width = rows[-1].shape[1:3]
     zoom, gap, margin = max(1, 96 // height), 4, 9 * max(map(len, names), default=0)
-    height, width = zoom * height, zoom * width
-    size = (margin + gap + max(map(len, rows)) * (width + gap), gap + len(rows) * (height + gap))
-    grid = Image.new("RGB", size, "white")
+    height, width = zoom * height + gap, zoom * width + gap
+    grid = Image.new("RGB", (margin + gap + max(map(len, rows)) * width, gap + len(rows) * height),
+                     "white")
+    pen = ImageDraw.Draw(grid)
     for i, row in enumerate(rows):
-        y = gap + i * (height + gap)
         for j, picture in enumerate(row):
-            picture = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(picture, (margin + gap + j * (width + gap), y))
-        if names:
-            ImageDraw.Draw(grid).text((gap, y + height // 2), names[i], "black", anchor="lm",
-                                      font_size=14)
+            picture = Image.fromarray(picture).resize((width - gap, height - gap), Image.NEAREST)
+            grid.paste(picture, (margin + gap + j * width, gap + i * height))
+    for i, name in enumerate(names):
+        pen.text((gap, (i + 0.5) * height), name, "black", anchor="lm", font_size=14)
     return grid
 
 
@@ -865,7 +853,7 @@ class Parser(argparse.ArgumentParser):
         except RuntimeError as error:
             if "memory" not in str(error) and "inline_container" not in str(error):
                 raise  # a mistake in the program: neither too little memory nor a full disk
-            self.error(f"{str(error).split('. ')[0]}; take fewer images or a smaller model")
+            self.error(str(error).split(". ")[0] + "; take fewer images or a smaller model")
 
 
 def within(kind, low, high):
@@ -882,15 +870,15 @@ def find_device(name=None):
     default is the GPU; of several, under torchrun, that of this process. Raises ValueError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":  # give it an index, without which set_device refuses it
-            own = int(os.environ.get("LOCAL_RANK", 0))
-            device = torch.device("cuda", own if device.index is None else device.index)
+        if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return device, torch.float32
+    torch.cuda.set_device(device)
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if native else torch.float32
 
 
@@ -903,9 +891,9 @@ def explain():
     layout = Layout((1, 2, 4), P=4)
     print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cell 0 is the 1x1 map,\n"
           "cells 1-4 are the 2x2 map and 5-20 the 4x4 map, row by row. -1: no block before.\n")
-    for t, (scale, start, end) in enumerate(layout.steps, 1):
-        print(f"   step {t}, {layout.sizes[scale]}x{layout.sizes[scale]}: draws "
-              f"{layout.cell[start:end].tolist()}, reads {layout.before[start:end].tolist()}")
+    for t, (_, start, end) in enumerate(layout.steps, 1):
+        cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
+        print(f"   step {t}: draws {cells}, reads {before}")
     print("\nOne token (Eq. 1): the first of step 7 predicts the code of cell 10. Its input is\n"
           "W_proj of pos[10], z_up[10] (cells 1-4, upsampled), pos[5] and the code of cell 5.\n"
           "\nMask: a row's token attends to the columns marked ##. The class token is first.\n")
@@ -920,9 +908,10 @@ def sample_to_file(args):
     if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(args.out) or "."):
         raise ValueError(f"--out {args.out}: not a .png, .gif or .npz in a folder that exists")
     device, dtype = find_device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else dtype
+    if args.dtype:
+        dtype = getattr(torch, args.dtype)
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
-    for key in ("steps", "cfg", "temperature"):
+    for key in options:
         if getattr(args, key) is not None:
             options[key] = getattr(args, key)
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -930,8 +919,8 @@ def sample_to_file(args):
         if name not in numbers:
             raise ValueError(f"--class {name}: not a number, nor among {', '.join(names[:20])}")
     chosen = [numbers[name] for name in args.classes or names][:args.n]
-    n = args.n or 8 * len(chosen)
-    labels = torch.tensor([chosen[i % len(chosen)] for i in range(n)], device=device)
+    n, k = args.n or 8 * len(chosen), len(chosen)
+    labels = torch.tensor(chosen, device=device).repeat(n // k + 1)[:n]
     layout = Layout(model.config.sizes, options.pop("steps"), device)
     options["cfg_start"] = args.cfg_start
     codes = torch.cat([*generate(model, tokenizer, labels, layout, args.seed, **options)])
@@ -939,21 +928,20 @@ def sample_to_file(args):
     def arrange(pictures):
         if n == 1:
             return Image.fromarray(pictures[0])
-        if len(chosen) == 1:
+        if k == 1:
             return picture_grid(np.split(pictures, range(8, n, 8)))
-        return picture_grid([pictures[i::len(chosen)] for i in range(len(chosen))],
-                            [names[i] for i in chosen])
+        return picture_grid([pictures[i::k] for i in range(k)], [names[i] for i in chosen])
 
     if kind == ".gif":
         frames = [arrange(frame) for frame in progress_frames(tokenizer, codes, layout)]
-        save = functools.partial(save_gif, frames)
-    elif kind == ".npz":
-        save = functools.partial(np.savez, arr_0=decode_scale(tokenizer, codes, layout))
+        write_whole(args.out, lambda file: save_gif(frames, file))
     else:
-        save = functools.partial(arrange(decode_scale(tokenizer, codes, layout)).save, format="PNG")
-    write_whole(args.out, save)
-    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, "
-          + ", ".join(f"{key} {value:g}" for key, value in options.items()))
+        pictures = decode_scale(tokenizer, codes, layout)
+        if kind == ".npz":
+            write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
+        else:
+            write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
+    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {options}")
 
 
 def main(arguments=None):

@@ -41,6 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -191,19 +192,17 @@ class Muon(torch.optim.Optimizer):
     it, found by five Newton-Schulz iterations. They are in float32: torch.optim.Muon's bfloat16
     takes 25 times as long on a CPU without AVX-512."""
 
-    def __init__(self, matrices, lr, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
         """Move all matrices, given their gradients."""
         group = self.param_groups[0]
         for p in group["params"]:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            update = p.grad.lerp(momentum, 0.95)  # Nesterov's
             rows, columns = p.shape
             x = update.T if rows > columns else update
             x = x / (x.norm() + 1e-7)
@@ -290,8 +289,7 @@ def draw_pictures(run, model, tokenizer):
     rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(shown))
     samples = ckgen.picture_grid(rows, names)
     first = codes[::8][:8]
-    frames = ckgen.progress_frames(tokenizer, first, layout)
-    frames = [ckgen.picture_grid([frame]) for frame in frames]
+    frames = [ckgen.picture_grid([f]) for f in ckgen.progress_frames(tokenizer, first, layout)]
     scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(layout.sizes))]
     pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in layout.sizes])
     for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
@@ -614,43 +612,47 @@ def two_colours(images):
     return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
 
 
+def decode(tokenizer, codes, layout):
+    """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
+    return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
+
+
 def evaluate(args):
     """Print the tokenizer's error, the loss on held-out images for several P, and what a classifier
     says of samples and of real images. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
+    model, tokenizer, classes, defaults = ckgen.load(args.evaluate, device)
     options = ckgen.read(args.evaluate).get("options")
     if not options:
         raise ValueError(f"--evaluate {args.evaluate}: not a checkpoint of this program")
     run = make_run(args, options, device, dtype)
-    model, tokenizer, run.classes, run.defaults = ckgen.load(args.evaluate, device)
-    run.defaults["steps"] = args.steps or run.defaults["steps"]
+    run.defaults = defaults | ({"steps": args.steps} if args.steps else {})
     images = Images(args.data or run.data, run.image_size)
-    if images.classes != run.classes:
+    if images.classes != classes:
         raise ValueError(f"--data {args.data}: other classes than those of {args.evaluate}")
     real, labels = images.held_out()
-    codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), model.config.sizes)
+    sizes = model.config.sizes
+    codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), sizes)
                        for part in real.split(64)])
-    layout = Layout(model.config.sizes, 1, run.device)
-    decoded = ckgen.decode_scale(tokenizer, codes, layout)
-    error = (torch.from_numpy(decoded).permute(0, 3, 1, 2).float() - real).square().mean().item()
+    error = (decode(tokenizer, codes, Layout(sizes, 1)).float() - real).square().mean().item()
     print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {tokenizer.config.codes} codes in use")
-    print("held-out loss, nats a token", *(f"{f'{n}x{n}':>8}" for n in layout.sizes), "     all")
+    print("held-out loss, nats a token: all, then maps", *sizes)
     for P in sorted({1, 2, 3, 4, 8, 16, run.defaults["steps"]}):
-        layout = Layout(layout.sizes, P, run.device)
-        loss, *by_scale = held_out_loss(run, model, tokenizer.codebook(), codes, labels, layout)
-        print(f"  P = {P:<4d}                   ", *(f"{x:8.3f}" for x in by_scale + [loss]))
+        layout = Layout(sizes, P, device)
+        losses = held_out_loss(run, model, tokenizer.codebook(), codes, labels, layout)
+        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
 
-    classifier = train_classifier(images, run.device)
-    wanted = torch.arange(1000) % len(images.classes)
+    classifier = train_classifier(images, device)
+    wanted = torch.arange(1000) % len(classes)
     codes, layout = draw_codes(run, model, tokenizer, wanted)
-    drawn = torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
     some = range(min(10000, images.train))
     reference = features(classifier, crop(images.read(some), images.size))
     print(f"{len(layout.steps)} steps, {run.defaults}; Frechet distance to {len(some)} images")
-    for name, pictures, truth in (("samples", drawn, wanted), ("held out", real, labels)):
+    for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
+                                  ("held out", real, labels)):
         f = features(classifier, pictures)
-        right = classifier.head(f.to(run.device)).argmax(-1).cpu() == truth
+        right = classifier.head(f.to(device)).argmax(-1).cpu() == truth
         mixed = f", two colours {two_colours(pictures):.1%}" if run.data is None else ""
         print(f"  {len(pictures)} {name}: class accuracy {right.double().mean():.3f}, "
               f"Frechet distance {frechet_distance(f, reference):.2f}{mixed}")
@@ -658,58 +660,11 @@ def evaluate(args):
 
 # 6. Speed -----------------------------------------------------------------------------------------
 
-def timed(work, device):
-    """The median of at least three times of work(), in seconds, after two to warm up."""
-    times = []
-    while len(times) < 5 or sum(times[2:]) < 2:
-        start = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
-
-
-def bench_works(name, scale, steps, device, dtype):
-    """What there is to time, with random weights: functions of a batch size. tiny is as on the toy
-    shapes, S and L as in the paper. Also the bytes of weights that drawing reads."""
-    grid, tokenizer = 16, TokenizerConfig(4096, 8, 16, 256, (128, 128, 256, 256, 512))
-    if name == "tiny":
-        grid, tokenizer = 8, TokenizerConfig()
-    recipe, sizes = argparse.Namespace(**RECIPES[name]), ckgen.scale_sizes(grid, scale)
-    config = Config(sizes, 1000, tokenizer.codes, tokenizer.code_dim, recipe.width, recipe.layers,
-                    recipe.heads, recipe.ffn)
-    model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device)
-    layout, optimizers = Layout(sizes, steps, device), make_optimizers(model, recipe)
-    drawing, codebook = copy.deepcopy(model), tokenizer.codebook()
-    ckgen.for_sampling(drawing, dtype)
-    tokenizer.to(dtype)
-
-    def zeros(*shape):
-        return torch.zeros(shape, dtype=torch.long, device=device)
-
-    def train(batch):
-        x = zeros(batch, config.length)
-        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            loss, _ = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def draw(batch):
-        ckgen.sample(drawing, codebook, zeros(batch), layout, cfg=1.5)
-
-    def decode(batch):
-        tokenizer.decode_codes(zeros(batch, grid * grid))
-
-    def graph(batch):
-        generator, labels = torch.Generator(device), zeros(batch)
-        captured = ckgen.SamplerGraph(drawing, codebook, layout, batch, generator, cfg=1.5)
-        return lambda batch: captured(labels)
-
-    read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
-    return {"train": train, "draw": draw, "graph": graph, "decode": decode}, read
+def timed(work):
+    """The median time of work(), in seconds, after a first call to warm up."""
+    work()
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=2).median  # it waits for the GPU
 
 
 @functools.cache
@@ -723,32 +678,73 @@ def count_flops(work):
     return counts
 
 
+def bench_works(name, args, device, dtype):
+    """What there is to time, with random weights: functions of a batch size. tiny is as on the toy
+    shapes, S and L as in the paper. Also the bytes of weights that drawing reads."""
+    grid, tokenizer = 16, TokenizerConfig(4096, 8, 16, 256, (128, 128, 256, 256, 512))
+    if name == "tiny":
+        grid, tokenizer = 8, TokenizerConfig()
+    run = argparse.Namespace(**RECIPES[name])
+    sizes = ckgen.scale_sizes(grid, SCALES[args.scale or "2"])
+    config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads, run.ffn)
+    model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device)
+    layout, optimizers = Layout(sizes, args.steps or 4, device), make_optimizers(model, run)
+    drawing, codebook = copy.deepcopy(model), tokenizer.codebook()
+    ckgen.for_sampling(drawing, dtype)
+    tokenizer.to(dtype)
+
+    def train(batch):
+        x = torch.zeros(batch, config.length, dtype=torch.long, device=device)
+        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+            loss, _ = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def draw(batch):
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+        ckgen.sample(drawing, codebook, labels, layout, cfg=1.5)
+
+    @functools.cache
+    def captured(batch):
+        generator = torch.Generator(device)
+        return ckgen.SamplerGraph(drawing, codebook, layout, batch, generator, cfg=1.5)
+
+    def graph(batch):
+        captured(batch)(torch.zeros(batch, dtype=torch.long, device=device))
+
+    def decode(batch):
+        tokenizer.decode_codes(torch.zeros(batch, grid * grid, dtype=torch.long, device=device))
+
+    read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
+    return [train, draw, decode] + [graph] * (device.type == "cuda"), read
+
+
 def bench(args):
     """Print times of training, drawing and decoding beside their floor: the time in which this
     device copies the weights once a step, or multiplies as much in large matrices."""
     device, dtype = ckgen.find_device(args.device)
     source, n = torch.zeros(2 ** 25, device=device), 8192 if device.type == "cuda" else 2048
     copied, matrix = torch.empty_like(source), torch.randn(n, n, device=device).to(dtype)
-    bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source), device)
-    speed = 2 * n ** 3 / timed(lambda: matrix @ matrix, device)
+    bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source))
+    speed = 2 * n ** 3 / timed(lambda: matrix @ matrix)
     print(f"{device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
           f"copies {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
     for name in [args.config] if args.config else RECIPES:
-        works, read = bench_works(name, SCALES[args.scale or "2"], args.steps or 4, device, dtype)
-        cases = [(what, batch) for what in ("draw", "graph", "decode") for batch in (1, 8, 64)]
-        for what, batch in [("train", RECIPES[name]["batch_size"])] + cases:
-            if what == "graph" and device.type != "cuda":
-                continue
+        works, read = bench_works(name, args, device, dtype)
+        for work in works:
+            what = work.__name__
+            one, two = count_flops(works[1] if what == "graph" else work)
             copies = read / bandwidth if what in ("draw", "graph") else 0
-            one, two = count_flops(works["draw" if what == "graph" else what])
-            floor = max(copies, (one + (batch - 1) * (two - one)) / speed)
-            if floor > 10:
-                print(f"{name:5s}{what:7s}{batch:4d} images: at least {floor:.0f} s, left out")
-                continue
-            work = works["graph"](batch) if what == "graph" else works[what]
-            seconds = timed(lambda: work(batch), device)
-            print(f"{name:5s}{what:7s}{batch:4d} images: {1e3 * seconds:9.1f} ms, "
-                  f"{batch / seconds:8.1f} images/s, {seconds / floor:5.1f} times the floor")
+            for batch in [RECIPES[name]["batch_size"]] if what == "train" else (1, 8, 64):
+                floor = max(copies, (one + (batch - 1) * (two - one)) / speed)
+                if floor > 10:
+                    print(f"{name:5s}{what:7s}{batch:4d} images: at least {floor:.0f} s, left out")
+                    continue
+                seconds = timed(lambda: work(batch))
+                print(f"{name:5s}{what:7s}{batch:4d} images: {1e3 * seconds:9.1f} ms, "
+                      f"{batch / seconds:8.1f} images/s, {seconds / floor:5.1f} times the floor")
 
 
 # 7. Command line ----------------------------------------------------------------------------------
@@ -843,8 +839,7 @@ def train(args):
     if run.iters is None:  # the paper's epochs
         epochs = 30 if run.init else run.epochs or 1
         run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
-    default = RECIPES[run.config]["iters"]
-    run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // default)
+    run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
     path = os.path.join(run.out, "tokenizer.pt")
     given = path if os.path.exists(path) else run.tokenizer
     stride = ckgen.load_tokenizer(given).config.stride if given else TokenizerConfig.stride
