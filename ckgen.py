@@ -941,7 +941,8 @@ def sample_to_file(args):
             write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
         else:
             write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
-    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {options}")
+    said = ", ".join(f"{key} {value:g}" for key, value in options.items())
+    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {said}")
 
 
 def main(arguments=None):
