@@ -2,8 +2,8 @@
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, ... NxN. A
-transformer draws the maps from coarse to fine, and each map in P steps or fewer. Step i draws block
-b_i, a set of cells that are spread evenly over the map, all at once.
+transformer draws the maps from coarse to fine, and each map in P steps or fewer. Step i of a map
+draws block b_i, a set of cells that are spread evenly over the map, all at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
@@ -17,8 +17,8 @@ b_i, a set of cells that are spread evenly over the map, all at once.
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
 Shapes: B batch, L cells of the pyramid (the sequence is 1 + L: class token first), T tokens of one
 call, D width, H heads, d = D / H, V codes, C code dimension, n side of a map, N of the finest map.
-"As released" marks what the author's released models do and the paper leaves open. Guidance, as
-released, is logits = cond + cfg (cond - uncond): cfg = 0 is off, and 1.5 is 2.5 in other papers.
+"As released" marks what the author's released models do, where the paper leaves it open or says
+otherwise. So guidance is logits = cond + cfg (cond - uncond): 0 is off, 1.5 is 2.5 elsewhere.
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
@@ -28,13 +28,14 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import contextlib
+import fnmatch
 import functools
 import math
 import os
 import signal
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback while torch loads
@@ -50,9 +51,10 @@ from tqdm import tqdm
 
 def progressive_checkerboard(size):
     """Algorithm 1: all cells (x, y) of a size x size grid, in an order whose prefixes are balanced:
-    at each level of the quadtree, the quadrants hold equally many of its cells, give or take one.
-    If size is not a power of two, the order of the next one is restricted to the grid; quadrants
-    inside the grid are balanced. Raises ValueError if size < 1."""
+    at each level of the quadtree, the quadrants hold equally many cells of a prefix, give or take
+    one. If size is not a power of two, the order of the next one is restricted to the grid;
+    quadrants inside the grid are balanced. Raises ValueError if size < 1. Copy it: it needs no
+    import. P blocks: torch.tensor(order).tensor_split(P) or np.array_split(order, P)."""
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
 
@@ -69,7 +71,7 @@ def progressive_checkerboard(size):
 
 
 def scale_sizes(grid, ratio):
-    """Sides of the maps, coarse to fine (Fig. 4b). Of the paper's 16x16 grid:
+    """Sides of the maps, coarse to fine (Fig. 4b). For the 16x16 grid of a 256-pixel image:
 
         ratio    sides                   L      steps with P = 4, P = 8
         sqrt 2   1 2 3 4 6 8 11 16       507    29, 53
@@ -95,10 +97,14 @@ CLASS = -2  # the class token
 
 class Layout:
     """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Mask, inputs,
-    loss and sampler follow this table; token j of a block reads cell j of the block before (Eq. 1).
+    loss and sampler are read off `cell` and `before`.
 
-    No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from 1 up to one
-    cell a step, so that one model can sample with any P.
+    Block sizes differ by one at most, larger ones first. Token j of a block reads cell j of the
+    block before (Eq. 1), which is never shorter. Of a 4x4 map with P = 4, cells 0-15 row by row,
+    step 1 draws 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+
+    No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from one step to
+    one step a cell, so that one model can sample with any P.
     """
 
     def __init__(self, sizes, P, device="cpu"):
@@ -111,8 +117,8 @@ class Layout:
             self.scales.append(slice(first, first + n * n))
             order = torch.tensor([first + y * n + x for x, y in progressive_checkerboard(n)])
             previous = [EMPTY] * n * n
-            for b in order.tensor_split(min(P, n * n)):  # near-equal, larger first: the block
-                b = b.tolist()  # before is never shorter, and at most its last cell is not read
+            for b in order.tensor_split(min(P, n * n)):
+                b = b.tolist()
                 self.steps.append((scale, len(cell), len(cell) + len(b)))
                 cell += b
                 before += previous[:len(b)]
@@ -121,15 +127,16 @@ class Layout:
         self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
         self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
         block = torch.tensor(block, device=device)         # (1+L,) its number; class token: 0
-        self.mask = block[:, None] >= block  # (1+L, 1+L): a row's token sees the columns of its own
-        #                                      block and of all blocks before, in all scales
+        # (1+L, 1+L): a row's token sees its own block and all blocks before, in all scales
+        self.mask = block[:, None] >= block
 
 
-# 3. Tokenizer (Sec. 3.3): images to codes and back. train_tiny.py trains it, codebook included. ---
+# 3. Tokenizer (Sec. 3.3): images to codes and back. train_tiny.py trains it; the codebook is a ----
+#    buffer, since its codes follow moving averages of the latents instead of a gradient.
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a Tokenizer: the small one, or LlamaGen's VQGAN if channels are given."""
+    """Sizes of a Tokenizer: of the small one, or of LlamaGen's VQGAN if channels are given."""
     codes: int = 256       # V
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
@@ -140,7 +147,7 @@ class TokenizerConfig:
 
 class Tokenizer(nn.Module):
     """A vector-quantised autoencoder with latents and codes of unit length. Every scale is encoded
-    from the image by itself, so it decodes to a picture. Images are (B, 3, h, w) in [-1, 1]."""
+    separately from the image, so it decodes to a picture. Images are (B, 3, h, w) in [-1, 1]."""
 
     def __init__(self, config):
         super().__init__()
@@ -160,8 +167,8 @@ class Tokenizer(nn.Module):
         return F.normalize(latents.float(), dim=1)
 
     def quantize(self, latents):
-        """Latents (B, C, n, n) to the nearest codes (B, n, n). All have unit length, so the nearest
-        code has the largest dot product."""
+        """Latents (B, C, n, n) to codes (B, n, n). Of unit vectors, the nearest has the largest dot
+        product."""
         return torch.einsum("bchw,vc->bhwv", latents, self.codebook()).argmax(-1)
 
     def decode(self, latents):
@@ -172,8 +179,6 @@ class Tokenizer(nn.Module):
     def resize(self, images, n):
         """The images at the size that is encoded to an n x n map. No antialiasing: as released."""
         side = n * self.config.stride
-        if images.shape[-1] == side:
-            return images
         return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
 
     @torch.no_grad()
@@ -185,7 +190,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode_codes(self, codes):
         """Codes of one map (B, n*n) to images."""
-        return self.decode(as_map(self.codebook()[codes])).clamp(-1, 1)
+        return self.decode(as_map(self.codebook()[codes]))
 
 
 def as_map(rows):
@@ -195,12 +200,12 @@ def as_map(rows):
 
 
 def upsample(latents, layout, scale):
-    """z_up of a scale (Sec. 3.1), (B, n*n, C), of a pyramid of latents (B, L, C). As released,
-    it is zero at the first scale, and has unit length: a mean of unit vectors is shorter."""
+    """z_up of a scale (Sec. 3.1), (B, n*n, C), of a pyramid of latents (B, L, C). As released, zero
+    at the first scale; at the others it has unit length again, which interpolation shortens."""
     if scale == 0:
         return torch.zeros_like(latents[:, layout.scales[0]])
-    n, before = layout.sizes[scale], latents[:, layout.scales[scale - 1]]
-    up = F.interpolate(as_map(before), (n, n), mode="bilinear", align_corners=False)
+    n, coarser = layout.sizes[scale], latents[:, layout.scales[scale - 1]]
+    up = F.interpolate(as_map(coarser), (n, n), mode="bilinear", align_corners=False)
     return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
 
 
@@ -222,8 +227,8 @@ class ResidualBlock(nn.Module):
 
 
 def small_pair(config):
-    """The small encoder and decoder: they train in a minute on a CPU. The encoder sees one cell at
-    a time: equal patches get equal codes, easy to predict. The decoder sees a neighbourhood."""
+    """The small encoder and decoder. The encoder sees one cell at a time: equal patches get equal
+    codes, which are easy to predict. The decoder sees a neighbourhood."""
     pixels, width = 3 * config.stride ** 2, config.width
     blocks = [ResidualBlock(width, width) for _ in range(3)]
     return (nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
@@ -234,8 +239,8 @@ def small_pair(config):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Checkerboard. The defaults are those of tiny (1.3M parameters). The paper's S has
-    width 512, 12 layers, 16 heads (58M); L has 1024, 20, 16 (368M; 343M in Table 1)."""
+    """Sizes of a Checkerboard. The defaults are tiny's (1.3M parameters). The paper's S has width
+    512, 12 layers, 16 heads (58M); L has 1024, 20, 16 (368M; Table 1 says 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
     codes: int = 256        # V
@@ -245,6 +250,7 @@ class Config:
     heads: int = 4          # H
     ffn: int = 384          # three times the width, as released
     mixing_layers: int = 2  # RoPE mixing in the first layers only (Sec. 4.4)
+    clusters: int = 0       # K, if coarse to fine
 
     @property
     def length(self):
@@ -253,26 +259,32 @@ class Config:
 
 
 def rope_table(sizes, head_width):
-    """The angles at which the learned RoPE starts (Sec. 3.4), (L + 2, d/2). 7/16 of them grow with
-    x, 7/16 with y, in cells of the finest map, 1/8 with the scale. CLASS and EMPTY have angle 0.
-    Frequencies are as released: from 1 to almost 1/N^2, and for the scale to 1/10."""
+    """Where the learned RoPE starts (Sec. 3.4): (cos, sin) of d angles for each cell, (L + 2, 2 d).
+    7/16 of the angles grow with x, 7/16 with y, in cells of the finest map, 1/8 with the scale. The
+    rows of CLASS and EMPTY start at angle 0. As released: frequencies from 1 to almost 1/N^2, for
+    scales to 1/10, where scale k lies at (k + 1) pi/2; and an angle for every element. Elements i
+    and i + d/2 form a pair: both start with the same angle, a true rotation, and may grow apart."""
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
-    frequencies = [base ** -(torch.arange(count) / max(1, count)) for count, base in (
-        (x_pairs, N * N), (pairs - scale_pairs - x_pairs, N * N), (scale_pairs, 10))]
+    y_pairs = pairs - scale_pairs - x_pairs
+
+    def turn(position, pairs, base):
+        return position[..., None] * base ** -(torch.arange(pairs) / pairs)
+
     rows = []
     for k, n in enumerate(sizes):
         centre = (torch.arange(n) + 0.5) * N / n                         # (n,), in cells of N x N
         y, x = torch.meshgrid(centre, centre, indexing="ij")             # (n, n)
         scale = torch.full((n, n), (k + 1) * math.pi / 2)
-        angles = [at[..., None] * f for at, f in zip((x, y, scale), frequencies)]
+        angles = [turn(x, x_pairs, N * N), turn(y, y_pairs, N * N), turn(scale, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
-    return torch.cat([*rows, torch.zeros(2, pairs)])
+    angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
+    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
 
 
 def rotate(x, rope):
-    """Apply RoPE to x (B, H, T, d). rope (2, T, d) or (2, H, T, d) holds cosines and sines."""
+    """RoPE: turn x (B, H, T, d) by rope (2, T, d) or (2, H, T, d), cosines and sines."""
     cos, sin = rope.to(x.dtype)
     x1, x2 = x.chunk(2, -1)
     rotated_half = torch.cat([-x2, x1], -1)
@@ -280,7 +292,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a rotary encoding of queries and keys."""
+    """Multi-head self-attention with RoPE."""
 
     def __init__(self, config):
         super().__init__()
@@ -289,8 +301,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask=None, cache=None, start=0):
-        """x (B, T, D) holds tokens start ... start+T-1; so do the ropes. Without a mask, all tokens
-        see all. cache (2, B, H, 1+L, d) holds keys and values of earlier tokens and takes these."""
+        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. Without a mask,
+        all see all. cache (2, B, H, 1+L, d): keys and values of earlier tokens; takes these too."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d)
         if cache is not None:
@@ -316,8 +328,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each after AdaLN: a norm that the class shifts and scales. As
-    released, RMSNorm keeps a gain of its own although the scale could take it over."""
+    """Attention and feed-forward, each after AdaLN: RMSNorm, then a scale and a shift that depend
+    on the class. As released, RMSNorm also keeps a gain of its own."""
 
     def __init__(self, config):
         super().__init__()
@@ -360,40 +372,35 @@ class Checkerboard(nn.Module):
             nn.Linear(C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
-        self.rope = nn.Parameter(torch.empty(L + 2, 2 * D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha' = 0
+        self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha = 1/2
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self):
         """Initialise what differs from torch's defaults."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
                     nn.init.normal_(p, std=0.02)
-            for _, linear in (layer.input_modulation, layer.post_attention_modulation):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)                              # shift 0
-                nn.init.ones_(linear.bias[self.config.width:])           # scale 1
+            for modulation in (layer.input_modulation, layer.post_attention_modulation):
+                nn.init.zeros_(modulation[1].weight)
+                nn.init.zeros_(modulation[1].bias)                       # shift 0
+                nn.init.ones_(modulation[1].bias[self.config.width:])    # scale 1
         nn.init.zeros_(self.lm_head.weight)  # all codes equally likely: the loss starts at log V,
         nn.init.zeros_(self.lm_head.bias)    # 5.55 for V = 256 and 8.32 for the paper's 4096
-        angles = rope_table(self.config.sizes, self.config.width // self.config.heads)
-        # As released, the table holds (cos, sin) of an angle for each of the d elements. Elements i
-        # and i + d/2 form a pair: they start with one angle, a true rotation, and may grow apart.
-        angles = torch.cat([angles, angles], 1)                          # (L+2, d)
-        self.rope.copy_(torch.stack([angles.cos(), angles.sin()], -1).flatten(1))
 
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
         A query turns with the cell that its token predicts. So does a key, but in the mixing layers
         (Sec. 3.4) it turns with alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), an alpha per head.
+        Of a first block, b_{i-1} is EMPTY; of the class token, both are CLASS.
         """
-        table = F.normalize(self.rope.unflatten(1, (-1, 2)), dim=-1)     # (L+2, d, 2), unit pairs
-        table = table.movedim(-1, 0)                                     # (2, L+2, d)
+        table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
+        table = F.normalize(table, dim=0)                                # cos^2 + sin^2 = 1
         here = table[:, layout.cell]                                     # (2, 1+L, d)
         before = table[:, layout.before]
         ropes = [(here, here)] * self.config.layers
@@ -412,13 +419,13 @@ class Checkerboard(nn.Module):
         """Eq. 1, its parts in the released order: the input tokens start ... end-1, (B, T, D), of
         pyramids latents and z_up, (B, L, C). Only z_up at b_i and latents at b_{i-1} are read."""
         cell, before = layout.cell[start:end], layout.before[start:end]
-        first = (before == EMPTY)[:, None]                               # (T, 1): in a first block
-        B = len(latents)
-        pos = self.embed_positions.weight                                # (L, D)
+        B, pos = len(latents), self.embed_positions.weight               # pos (L, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))      # (B, T, D)
-        code_before = self.embed_codevecs_mlp(latents[:, before])   # where EMPTY: of a wrong cell,
-        code_before = torch.where(first, self.empty_token_emb, code_before)     # and not used
-        pos_before = torch.where(first, self.empty_token_pos, pos[before])      # (T, D)
+        # The index EMPTY reads the last cell; torch.where puts the learned constants in its place.
+        first_block = (before == EMPTY)[:, None]                         # (T, 1)
+        code_before = self.embed_codevecs_mlp(latents[:, before])
+        code_before = torch.where(first_block, self.empty_token_emb, code_before)  # (B, T, D)
+        pos_before = torch.where(first_block, self.empty_token_pos, pos[before])   # (T, D)
         parts = [pos[cell].expand(B, -1, -1), up, pos_before.expand(B, -1, -1), code_before]
         return self.combine_inputs(torch.cat(parts, -1))
 
@@ -430,12 +437,13 @@ class Checkerboard(nn.Module):
             cache = None if caches is None else caches[i]
             x = layer(x, modulations[i], q_rope[..., start:end, :], k_rope[..., start:end, :], mask,
                       cache, start)
-        return self.lm_head(self.norm(x.to(self.norm.weight.dtype))).float()
+        x = x.to(self.norm.weight.dtype)  # float32: guidance would multiply rounding errors
+        return self.lm_head(self.norm(x)).float()
 
     def forward(self, latents, labels, layout, noisy=None):
         """Training: all tokens in one pass over the true latents (B, L, C), to logits (B, L, V) in
         the order of layout.cell[1:]. noisy: other latents to make z_up of, so that the model does
-        not trust the scale before blindly (as released)."""
+        not trust the coarser map blindly (as released)."""
         source = latents if noisy is None else noisy
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -445,20 +453,20 @@ class Checkerboard(nn.Module):
 
 
 def loss_by_scale(logits, codes, layout):
-    """Cross-entropy in nats: the flat mean over all tokens (Sec. 3.1), and the means of the scales.
+    """Cross-entropy in nats: the flat mean over all tokens (Sec. 3.1), then the mean of each scale.
     logits are (B, L, V) in layout order, codes (B, L) of the pyramid."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
     # a scale's tokens fill the same slice as its cells, in another order
-    return losses.mean(), torch.stack([losses[at].mean() for at in layout.scales])
+    return torch.stack([losses.mean(), *(losses[at].mean() for at in layout.scales)])
 
 
 # 6. Sampling (Sec. 3.1, 4.1, 4.5) -----------------------------------------------------------------
 
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: -log e
-    is Gumbel noise. It does not wait for the GPU, as multinomial does, and T = 0 is argmax."""
+    is Gumbel noise. Temperature 0 is argmax. Unlike multinomial, it never makes the CPU wait."""
     e = torch.empty_like(logits).exponential_(generator=generator)
     e = e.clamp(min=2 ** -25)  # some devices draw exact zeros, which would win against any logits
     return (logits - temperature * e.log()).argmax(-1)
@@ -468,8 +476,9 @@ def draw(logits, temperature, generator=None):
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            return_entropy=False):
     """Draw the codes (B, L) of one image for each label (B,), one forward pass a step. codebook is
-    (V, C). The first cfg_start steps are not guided, for the sake of diversity (Sec. 4.1). With
-    return_entropy: also the entropies (B, L), in nats, of softmax(guided logits) (Sec. 4.5).
+    (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
+    and 2x2 maps of ratio 2 (Sec. 4.1). With return_entropy: also the entropies (B, L), in nats, of
+    softmax(logits), guided, before the temperature (Sec. 4.5).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE goes by cell and its AdaLN by class.
@@ -503,23 +512,90 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
         latents[:, cell] = codebook[codes[:, cell]]
         if return_entropy:
-            entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)
+            entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
     return (codes, entropies) if return_entropy else codes
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """Sample for any number of labels (n,) with the options of `sample`: yields codes (B, L), batch
-    by batch. The same seed gives the same codes if the batches are the same."""
-    generator, batch = torch.Generator(labels.device).manual_seed(seed), 64
-    cache = 4 * len(model.layers) * model.embed_positions.weight.nbytes  # k, v of an image, twice
-    if labels.is_cuda:  # half of the free memory is for caches
-        fitting = torch.cuda.mem_get_info(labels.device)[0] // (2 * cache)
-        batch = max(1, min(batch, fitting))
-    for part in tqdm(labels.split(batch), "sampling", unit="batch", leave=False):
-        yield sample(model, tokenizer.codebook(), part, layout, generator=generator, **options)
+    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L). 64 at a time
+    take 4 GB on a GPU with L. Same seed and labels, same codes."""
+    options["generator"] = torch.Generator(labels.device).manual_seed(seed)
+    draw_some = functools.partial(sample, model, tokenizer.codebook())
+    if isinstance(model, CoarseToFine):
+        draw_some = model.sample
+    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
+    return torch.cat([draw_some(part, layout, **options) for part in parts])
 
 
-# 7. Pictures (Fig. 1) -----------------------------------------------------------------------------
+# 7. Coarse to fine (Guo, Zhang, Shieh 2025, arXiv:2503.16194) -------------------------------------
+#
+# Codes whose vectors lie close together decode alike. So k-means puts the V codes into K clusters.
+# Stage 1 draws the cluster of each cell, as above. Stage 2 then draws all codes in a single pass,
+# each within its cluster. The nats of a code are those of its cluster and those within it.
+
+def cluster_codebook(codebook, K, seed=0, rounds=100):
+    """k-means of a codebook (V, C): the cluster (V,) of each code, and the K clusters' centroids
+    (K, C), of unit length like the codes. No cluster is empty. Raises ValueError if K > V."""
+    if K > len(codebook):
+        raise ValueError(f"{K} clusters need more than {len(codebook)} codes")
+    generator = torch.Generator().manual_seed(seed)
+    centroids = codebook[torch.randperm(len(codebook), generator=generator)[:K]]
+    for _ in range(rounds):
+        nearness, cluster = (codebook @ centroids.T).max(-1)             # (V,)
+        for k in range(K):
+            count = cluster.bincount(minlength=K)
+            if count[k] == 0:  # take the code farthest from its centroid that is not alone there
+                alone = count[cluster] == 1
+                cluster[nearness.masked_fill(alone, math.inf).argmin()] = k
+        sums = torch.zeros_like(centroids).index_add_(0, cluster, codebook)
+        centroids = F.normalize(sums, dim=-1)
+    return cluster, centroids
+
+
+class CoarseToFine(nn.Module):
+    """Both stages, two Checkerboards: config.codes is V and config.clusters is K."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.coarse = Checkerboard(replace(config, codes=config.clusters))
+        self.fine = Checkerboard(config)
+        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))         # (V,)
+        self.register_buffer("centroids", torch.zeros(config.clusters, config.code_dim))     # (K, C)
+
+    def forward(self, codes, labels, layout, noisy):
+        """Training with true codes (B, L), and others to make z_up of: for each stage its logits
+        (B, L, K or V) in layout order and its targets (B, L). The losses add up to nats a token."""
+        clusters, noisy = self.cluster[codes], self.cluster[noisy]
+        coarse = self.coarse(self.centroids[clusters], labels, layout, self.centroids[noisy])
+        return (coarse, clusters), (self.refine(clusters, labels, layout), codes)
+
+    def refine(self, clusters, labels, layout):
+        """Stage 2: logits (B, L, V) in layout order, given the clusters (B, L) of all cells: there
+        is no mask, and z_up holds the very cells whose codes are predicted."""
+        class_token, modulations = self.fine.embed_class(labels)
+        z = self.centroids[clusters].to(class_token.dtype)               # (B, L, C)
+        tokens = self.fine.inputs(z, z, layout, 1, len(layout.cell))
+        x = torch.cat([class_token, tokens], 1)                          # (B, 1+L, D)
+        logits = self.fine.transform(x, modulations, self.fine.ropes(layout))[:, 1:]
+        outside = self.cluster != clusters[:, layout.cell[1:], None]     # (B, L, V)
+        return logits.masked_fill(outside, -math.inf)
+
+    @torch.no_grad()
+    def sample(self, labels, layout, cfg=0.0, temperature=1.0, generator=None, **options):
+        """Draw codes (B, L) for labels (B,), with the options of `sample`."""
+        clusters = sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
+                          temperature=temperature, generator=generator, **options)
+        logits = self.refine(clusters, labels, layout)
+        if cfg > 0:
+            uncond = self.refine(clusters, torch.full_like(labels, self.config.classes), layout)
+            logits = torch.where(logits.isinf(), logits, logits + cfg * (logits - uncond))
+        codes = torch.empty_like(clusters)
+        codes[:, layout.cell[1:]] = draw(logits, temperature, generator)
+        return codes
+
+
+# 8. Pictures (Fig. 1) -----------------------------------------------------------------------------
 
 def to_uint8(images):
     """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
@@ -528,16 +604,20 @@ def to_uint8(images):
 
 
 def decode_scale(tokenizer, codes, layout, scale=-1):
-    """Pictures (B, h, w, 3), uint8, of one scale of pyramids of codes (B, L)."""
+    """Pictures (B, h, w, 3), uint8, of one scale of the pyramids of codes (B, L)."""
     parts = codes[:, layout.scales[scale]].split(16)
     return np.concatenate([to_uint8(tokenizer.decode_codes(part)) for part in parts])
 
 
 @torch.no_grad()
-def progress_frames(tokenizer, codes, layout):
+def progress_frames(model, tokenizer, codes, layout):
     """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from finished codes (B, L).
-    Undrawn cells are grey. The decoder sees z_up in their place, and so nothing of later steps."""
+    Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps. The
+    steps of a CoarseToFine show centroids, and the codes are one more frame."""
     latents = tokenizer.codebook()[codes]                                   # (B, L, C)
+    coarse_to_fine = isinstance(model, CoarseToFine)
+    if coarse_to_fine:
+        latents = model.centroids[model.cluster[codes]].to(latents.dtype)
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
@@ -548,12 +628,12 @@ def progress_frames(tokenizer, codes, layout):
         image = F.interpolate(tokenizer.decode(as_map(known)), (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
-    return frames
+    return frames + [decode_scale(tokenizer, codes, layout)] * coarse_to_fine
 
 
 def picture_grid(rows, names=()):
     """A PIL image of rows of pictures, [(k, h, w, 3) uint8, ...], each with its name beside it.
-    Small pictures are enlarged pixel by pixel, to the size of the last row's or more."""
+    All are resized to the last row's size, which is enlarged to 96 pixels if it is smaller."""
     height, width = rows[-1].shape[1:3]
     zoom, gap, margin = max(1, 96 // height), 4, 9 * max(map(len, names), default=0)
     height, width = zoom * height + gap, zoom * width + gap
@@ -637,7 +717,7 @@ def vqgan_half(c_in, channels, c_out, blocks, coarsest, resample):
 
 def vqgan(config):
     """The VQGAN's encoder and its decoder, the mirror image with one more block a resolution."""
-    def halve(c):  # as released, with zeros at the right and at the bottom only
+    def halve(c):  # as released: zeros at the right and at the bottom only
         return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
 
     def double(c):
@@ -654,28 +734,25 @@ def vqgan(config):
 # Appendix B. Sampling as one CUDA graph -----------------------------------------------------------
 
 class SamplerGraph:
-    """`sample`, with its options, as one CUDA graph: it launches its thousands of kernels at once.
-    All but the labels is fixed when it is captured. It draws what `sample` draws."""
+    """`sample`, with its options, as one CUDA graph on the current device: it launches thousands of
+    kernels at once, and draws what `sample` draws. All but the labels is fixed at its capture."""
 
     def __init__(self, model, codebook, layout, batch, generator, **options):
         self.reads = model, codebook, layout  # the graph holds nothing but addresses
         self.labels = torch.zeros(batch, dtype=torch.long, device=codebook.device)
-        with torch.cuda.device(codebook.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # a first run sets the libraries up
-                sample(model, codebook, self.labels, layout, **options)
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.codes = sample(model, codebook, self.labels, layout, generator=generator,
-                                    **options)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a first run sets the libraries up
+            sample(model, codebook, self.labels, layout, **options)
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.codes = sample(model, codebook, self.labels, layout, generator=generator, **options)
 
     def __call__(self, labels):
         """Codes (batch, L) for labels (batch,)."""
         self.labels.copy_(labels)
-        with torch.cuda.device(self.labels.device):
-            self.graph.replay()
+        self.graph.replay()
         return self.codes.clone()
 
 
@@ -699,7 +776,7 @@ def contents_of(path):
 
 
 def read(path):
-    """The dictionary in a file of torch.save. Raises OSError or ValueError."""
+    """The dictionary in a file of torch.save. Raises OSError or ValueError, as all that follow."""
     with open(path, "rb") as file, contents_of(path):
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
             raise ValueError("a checksum is wrong")
@@ -720,7 +797,7 @@ def build(kind, config, weights):
 
 def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a checkpoint, ours or the author's. defaults are
-    steps, cfg and temperature. Raises OSError or ValueError, in one line."""
+    steps, cfg and temperature."""
     state = read(path)
     with contents_of(path):
         if "options" in state:  # written by train_tiny.py
@@ -730,40 +807,33 @@ def load(path, device="cpu", dtype=torch.float32):
             config = released_config(weights)
             state["classes"] = [str(number) for number in range(config.classes)]
             state["defaults"] = {"steps": 4, "cfg": 1.5, "temperature": 1.0}
-        model = build(Checkerboard, config, weights).to(device)
+        kind = CoarseToFine if config.clusters else Checkerboard
+        model = for_sampling(build(kind, config, weights).to(device), dtype)
         classes, defaults = state["classes"], state["defaults"]
         Layout(config.sizes, defaults["steps"])
         if [type(name) for name in classes] != [str] * config.classes:
             raise ValueError("its class names do not fit")
         if not all(0 <= defaults[key] < math.inf for key in ("cfg", "temperature")):
             raise ValueError("its guidance or temperature is not a number from 0")
-    for_sampling(model, dtype)
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
 
 
 def for_sampling(model, dtype):
-    """Convert all but the final norm and lm_head, whose rounding errors guidance would multiply. On
-    a CPU, multiply few rows as W x^T: S and L take a tenth less time at batch 1 (AVX2)."""
+    """The model in this type, but for final norm and lm_head, whose rounding errors guidance would
+    multiply."""
     model.to(dtype)
-    model.norm.float()
-    model.lm_head.float()
-    if model.rope.device.type == "cpu":
-        for linear in model.layers.modules():
-            if isinstance(linear, nn.Linear) and linear.bias is None:
-                linear.forward = functools.partial(few_rows, linear.weight)
-
-
-def few_rows(weight, x):
-    """F.linear, by another route if x (B, T, D) has at most 64 rows."""
-    rows = x.flatten(0, -2)
-    if len(rows) > 64:
-        return F.linear(x, weight)
-    return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
+    for part in model.modules():
+        if isinstance(part, Checkerboard):
+            part.norm.float()
+            part.lm_head.float()
+        if isinstance(part, nn.Linear) and part.weight.is_cpu:  # faster for few rows, bit for bit
+            part.weight.data = part.weight.data.T.contiguous().T
+    return model
 
 
 def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     """The tokenizer in a file: a checkpoint, the author's or LlamaGen's tokenizer. state: what
-    `read` gives of it. The codebook stays float32. Raises OSError or ValueError, in one line."""
+    `read` gives of it. The codebook stays float32."""
     state = state or read(path)
     with contents_of(path):
         if "tokenizer_config" in state:
@@ -816,7 +886,7 @@ def released_config(tensors):
         codes=len(tensors["lm_head.weight"]),
         code_dim=tensors["embed_codevecs_mlp.0.weight"].shape[1],
         width=width,
-        layers=sum(key.endswith("attention.wqkv.weight") for key in tensors),
+        layers=len(fnmatch.filter(tensors, "*.attention.wqkv.weight")),
         heads=2 * width // tensors["rope"].shape[1],
         ffn=len(tensors["layers.0.feed_forward.w1.weight"]),
         mixing_layers=len(tensors["rope_mix"]))
@@ -824,8 +894,7 @@ def released_config(tensors):
 
 def released_tokenizer_config(tensors):
     """The TokenizerConfig of a released tokenizer."""
-    blocks = sorted(key for key in tensors if key.startswith("encoder.conv_blocks.")
-                    and key.endswith("conv1.bias"))
+    blocks = sorted(fnmatch.filter(tensors, "encoder.conv_blocks.*.conv1.bias"))
     channels = tuple(len(tensors[key]) for key in blocks if ".res.0." in key)
     codes, code_dim = tensors["codebook_weight"].shape
     return TokenizerConfig(codes, code_dim, 2 ** (len(channels) - 1),
@@ -868,8 +937,8 @@ def within(kind, low, high):
 
 
 def find_device(name=None):
-    """The torch.device of this name, and the type to compute in: bfloat16 on a GPU that has it. The
-    default is the GPU; of several, under torchrun, that of this process. Raises ValueError."""
+    """The torch.device of this name, and the type to compute in: bfloat16 on a GPU that has it.
+    Default: the GPU; of several, under torchrun, that of this process. Raises ValueError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
@@ -925,7 +994,7 @@ def sample_to_file(args):
     labels = torch.tensor(chosen, device=device).repeat(n // k + 1)[:n]
     layout = Layout(model.config.sizes, options.pop("steps"), device)
     options["cfg_start"] = args.cfg_start
-    codes = torch.cat([*generate(model, tokenizer, labels, layout, args.seed, **options)])
+    codes = generate(model, tokenizer, labels, layout, args.seed, **options)
 
     def arrange(pictures):
         if n == 1:
@@ -934,15 +1003,14 @@ def sample_to_file(args):
             return picture_grid(np.split(pictures, range(8, n, 8)))
         return picture_grid([pictures[i::k] for i in range(k)], [names[i] for i in chosen])
 
+    pictures = decode_scale(tokenizer, codes, layout)
     if kind == ".gif":
-        frames = [arrange(frame) for frame in progress_frames(tokenizer, codes, layout)]
+        frames = [arrange(frame) for frame in progress_frames(model, tokenizer, codes, layout)]
         write_whole(args.out, lambda file: save_gif(frames, file))
+    elif kind == ".npz":
+        write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
     else:
-        pictures = decode_scale(tokenizer, codes, layout)
-        if kind == ".npz":
-            write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
-        else:
-            write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
+        write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
     said = ", ".join(f"{key} {value:g}" for key, value in options.items())
     print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {said}")
 
@@ -953,23 +1021,19 @@ def main(arguments=None):
                                 "order, the layout and the mask (Fig. 2 and 3 of the paper).",
                     epilog="example: python ckgen.py runs/toy-2x/checkpoint.pt --class star ring")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
-    add("--class", dest="classes", nargs="+", metavar="NAME",
-        help="classes, by name or number, that take turns (default: all)")
-    add("--n", type=within(int, 1, 10 ** 7), help="number of images (default: 8 of each class)")
-    add("--steps", type=within(int, 1, 10 ** 6), metavar="P", help="steps for each scale: any "
-        "number, fewer are faster (default: the checkpoint's)")
-    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance: logits = cond + W (cond "
-        "- uncond). 0 is off (default: the checkpoint's)")
+    add("checkpoint", nargs="?", help="of train_tiny.py or the author; sets what you leave out")
+    add("--class", dest="classes", nargs="+", metavar="NAME", help="by name or number (all)")
+    add("--n", type=within(int, 1, 10 ** 7), help="number of images (8 of each class)")
+    add("--steps", type=within(int, 1, 10 ** 6), metavar="P", help="steps a scale, any number")
+    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance: cond + W (cond - uncond)")
     add("--cfg-start", type=within(int, 0, 10 ** 6), default=5, metavar="STEP",
-        help="how many steps at the start have no guidance (default: 5)")
-    add("--temperature", type=within(float, 0, 100), metavar="T",
-        help="divides the logits; 0 takes the likeliest codes (default: the checkpoint's)")
-    add("--seed", type=within(int, 0, 10 ** 9), default=0, help="same seed, same images")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU that has it)")
-    add("--out", default="samples.png", help=".png: a grid, or the image itself with --n 1; .gif: "
-        "the steps; .npz: uint8 images in arr_0 (default: samples.png)")
+        help="how many steps at the start have no guidance (5)")
+    add("--temperature", type=within(float, 0, 100), metavar="T", help="0: the likeliest codes")
+    add("--seed", type=within(int, 0, 10 ** 9), default=0, help="same seed, same images (0)")
+    add("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
+    add("--dtype", choices=["float32", "bfloat16"], help="(bfloat16 on a GPU that has it)")
+    add("--out", default="samples.png", help="(samples.png): .png is a grid, or the image itself "
+        "with --n 1; .gif shows the steps; .npz holds uint8 images in arr_0")
     args = parser.parse_args(arguments)
     if args.checkpoint is None:
         return explain()

@@ -10,10 +10,10 @@ Three stages. Each writes a file into the run's folder, whole or not at all, and
 there. So the same command continues a run that was stopped:
 
     tokenizer.pt     the VQ tokenizer, trained on the images or given
-    codes-*.npy      the codes of all images; * belongs to just these images and this tokenizer
+    codes-*.npy      the codes of all images; * stands for these images and this tokenizer
     checkpoint.pt    the transformer, about once a minute; ckgen.py draws images from it
 
-All random draws of step t come from a generator seeded with (seed, stage, t): a run that was
+All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
 stopped ends with the same weights, bit for bit on a CPU.
 
 SPDX-License-Identifier: MIT
@@ -24,6 +24,7 @@ import copy
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -46,7 +47,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ckgen
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, loss_by_scale
+from ckgen import (Checkerboard, CoarseToFine, Config, Layout, Tokenizer, TokenizerConfig,
+                   loss_by_scale)
 
 try:
     import fcntl
@@ -58,8 +60,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# S and L are the paper's (Sec. 4.1). They train for its epochs on a folder with --tokenizer, else
-# for `iters` steps in the same proportions.
+# S and L are the paper's (Sec. 4.1). With --tokenizer they train for its epochs, otherwise for
+# `iters` steps; warm-up and drops keep their share of the run.
 
 RECIPES = {
     "tiny": dict(width=128, layers=4, heads=4, ffn=384, image_size=32, codes=256, batch_size=16,
@@ -73,7 +75,9 @@ RECIPES = {
     "L": dict(width=1024, layers=20, heads=16, ffn=3072, image_size=64, codes=1024, batch_size=64,
               tokenizer_iters=6000, tokenizer_batch=32, iters=12000, replace_codes=0.1, lr=5e-5,
               muon=0.0, epochs=206, drops=((200, 0.2),),
-              accumulate_from=205),  # five batches a step: the last five epochs in the steps of one
+              # From epoch 205 on a step takes five batches, so the last five epochs take the steps
+              # of one: 206 = 200 + 5 + 1.
+              accumulate_from=205),
 }
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
@@ -95,13 +99,18 @@ def seeded(run, stage, step):
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
 
 def train_transformer(run, images, tokenizer, codes):
-    """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps."""
+    """Train on codes (images, views, L), stored as code + 1, until checkpoint.pt holds run.iters
+    steps."""
     device, path = run.device, os.path.join(run.out, "checkpoint.pt")
     codebook = tokenizer.codebook()                                         # (V, C)
     config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
-                    run.heads, run.ffn)
+                    run.heads, run.ffn, clusters=run.coarse)
     torch.manual_seed(run.seed)
-    model = Checkerboard(config).to(device)
+    model = CoarseToFine(config) if run.coarse else Checkerboard(config)
+    if run.coarse:
+        clustering = ckgen.cluster_codebook(codebook.cpu(), run.coarse, run.seed)
+        model.cluster, model.centroids = clustering
+    model.to(device)
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
@@ -115,18 +124,14 @@ def train_transformer(run, images, tokenizer, codes):
         start_from(model, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
-    parts = parts_that_fit(vars(run), run.batch_size // WORLD, config.length, device, run.dtype)
-    if WORLD > 1:  # the parts of the smallest card
-        most = torch.tensor(parts, device=device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        parts = most.item()
+    parts = parts_that_fit(run, config)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
     losses, saved, cost = 0, time.monotonic(), 0.0
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
-        # Draw images with replacement, a view of each, and their labels, a tenth of them without a
-        # class for classifier-free guidance. In z_up some codes are random.
+        # Draw images with replacement, a view of each, and their labels. A tenth loses its class,
+        # for classifier-free guidance. For z_up some codes are replaced by random ones.
         g = seeded(run, 2, step)
         batches = 5 if (step + 1) / run.iters * run.epochs > run.accumulate_from else 1
         B = run.batch_size * batches
@@ -138,22 +143,27 @@ def train_transformer(run, images, tokenizer, codes):
         noisy = torch.where(replaced, torch.randint(config.codes, x.shape, generator=g), x)
 
         # Draw one P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are
-        # the usual 1, 2, 4 ... N. The others reach up to a cell a step, small ones more often.
+        # the usual 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
         N = run.sizes[-1]
         u, v = torch.rand(2, generator=g).tolist()
         P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
         layout = layout_of(P)
 
-        # Forward, backward: part by part, if the card is too small for the whole batch.
+        # Forward, backward: part by part, if the card is too small for the whole batch. Coarse to
+        # fine has a loss for each stage.
         model.zero_grad()
         for part in range(batches * parts):
             mine = slice(part * WORLD + RANK, None, batches * parts * WORLD)
             x_, y_, noisy_ = (t[mine].to(device) for t in (x, y, noisy))
             with torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16):
-                logits = parallel(codebook[x_], y_, layout, codebook[noisy_])
-                loss, by_scale = loss_by_scale(logits, x_, layout)
-            (loss / (batches * parts)).backward()
-            losses = losses + torch.cat([loss[None], by_scale]).detach() / (batches * parts)
+                if run.coarse:
+                    stages = parallel(x_, y_, layout, noisy_)
+                else:
+                    stages = [(parallel(codebook[x_], y_, layout, codebook[noisy_]), x_)]
+                loss = sum(loss_by_scale(*stage, layout) for stage in stages)
+            loss = loss / (batches * parts)
+            loss[0].backward()
+            losses = losses + loss.detach()
 
         # Update.
         lr = run.lr * lr_factor(run, step)
@@ -215,12 +225,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, run):
-    """AdamW as in Sec. 4.1, with the released betas and no decay of vectors. For tiny, Muon on the
-    matrices between hidden features: not on embeddings, the head, RoPE or AdaLN."""
-    hidden = ("layers", "combine_inputs", "src_latents_proj", "embed_codevecs_mlp")
+    """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
+    the matrices between hidden features: not on embeddings, the head, RoPE or AdaLN."""
+    hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
     muon, rest = [], []
     for name, p in model.named_parameters():
-        is_hidden = p.ndim == 2 and name.startswith(hidden) and "modulation" not in name
+        is_hidden = p.ndim == 2 and hidden.search(name)
         (muon if run.muon and is_hidden else rest).append(p)
     groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.01},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
@@ -232,66 +242,71 @@ def start_from(model, path):
     """Start from a trained model, also of another scale ratio (footnote 2). Tables of positions of
     another length keep their own start (as released). Raises ValueError if the rest differs."""
     own, source = model.state_dict(), ckgen.load(path)[0].state_dict()
-    for name in ("embed_positions.weight", "rope"):
-        if len(source[name]) != len(own[name]):
+    for name in own.keys() & source.keys():
+        if name.endswith(("embed_positions.weight", "rope")) and len(source[name]) != len(own[name]):
             source[name] = own[name]
     with ckgen.contents_of(path):
         model.load_state_dict(source)
 
 
-def parts_that_fit(recipe, batch, length, device, dtype):
-    """How many equal parts a batch of images, each of so many cells, is taken in to fit into a CUDA
-    card's free memory. A step takes so many bytes a token (counted), and 16 for each weight."""
-    if device.type != "cuda":
+def parts_that_fit(run, config):
+    """How many equal parts a batch is taken in, so that they fit into the memory of a CUDA
+    card. A step takes so many bytes a token (counted), and 16 for each weight."""
+    batch = run.batch_size // WORLD
+    if run.device.type != "cuda":
         return 1
-    width, layers = recipe["width"], recipe["layers"]
-    token = (72 * layers * width + 17 * recipe["codes"]) * (1 if dtype == torch.bfloat16 else 2)
-    weights = 16 * layers * width * (8 * width + 3 * recipe["ffn"])
-    free = 0.9 * torch.cuda.mem_get_info(device)[0] - weights
+    models, size = 2 if run.coarse else 1, 4 if run.dtype == torch.float32 else 2
+    token = size * models * (36 * run.layers * run.width + 9 * config.codes)
+    weights = 16 * models * run.layers * run.width * (8 * run.width + 3 * run.ffn)
+    room = 0.8 * torch.cuda.mem_get_info(run.device)[1] - weights
     parts = 1
-    while parts < batch and (batch % parts or batch // parts * (1 + length) * token > free):
+    while parts < batch and (batch % parts or batch // parts * (1 + config.length) * token > room):
         parts += 1
     return parts
 
 
 @torch.no_grad()
 def held_out_loss(run, model, codebook, codes, labels, layout):
-    """Mean cross-entropy over images of codes (n, L): a list, of all tokens, then of each scale."""
+    """Mean cross-entropy over images of codes (n, L): for each stage a row, of all tokens, then of
+    each scale."""
     total = 0
     for x, y in zip(codes.split(64), labels.split(64)):
         x, y = x.to(run.device), y.to(run.device)
-        loss, by_scale = loss_by_scale(model(codebook[x], y, layout), x, layout)
-        total = total + len(x) * torch.cat([loss[None], by_scale])
-    return (total / len(codes)).tolist()
+        if run.coarse:
+            stages = model(x, y, layout, x)
+        else:
+            stages = [(model(codebook[x], y, layout), x)]
+        total = total + len(x) * torch.stack([loss_by_scale(*stage, layout) for stage in stages])
+    return (total / len(codes)).cpu()
 
 
 def write_log(run, rows):
     """Write log.csv."""
-    lines = [",".join(rows[0])] + [",".join(f"{x:.7g}" for x in row.values()) for row in rows]
-    text = "\n".join(lines) + "\n"
-    ckgen.write_whole(os.path.join(run.out, "log.csv"), lambda file: file.write(text.encode()))
+    table = functools.partial(np.savetxt, X=[[*row.values()] for row in rows], fmt="%.7g",
+                              delimiter=",", header=",".join(rows[0]), comments="")
+    ckgen.write_whole(os.path.join(run.out, "log.csv"), table)
 
 
 def draw_codes(run, model, tokenizer, labels):
     """Codes for these labels with the run's steps, cfg and temperature, and their layout."""
     options = dict(run.defaults)
-    layout = Layout(model.config.sizes, options.pop("steps"), run.device)
-    batches = ckgen.generate(model, tokenizer, labels.to(run.device), layout, run.seed, **options)
-    return torch.cat([*batches]), layout
+    layout = Layout(run.sizes, options.pop("steps"), run.device)
+    codes = ckgen.generate(model, tokenizer, labels.to(run.device), layout, run.seed, **options)
+    return codes, layout
 
 
 def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
     first of up to eight rows after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
     shown = range(0, len(run.classes), math.ceil(len(run.classes) / 16))
-    names = [run.classes[label] for label in shown]
     codes, layout = draw_codes(run, model, tokenizer, torch.tensor(shown).repeat_interleave(8))
     rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(shown))
-    samples = ckgen.picture_grid(rows, names)
+    samples = ckgen.picture_grid(rows, [run.classes[label] for label in shown])
     first = codes[::8][:8]
-    frames = [ckgen.picture_grid([f]) for f in ckgen.progress_frames(tokenizer, first, layout)]
-    scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(layout.sizes))]
-    pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in layout.sizes])
+    frames = ckgen.progress_frames(model, tokenizer, first, layout)
+    frames = [ckgen.picture_grid([frame]) for frame in frames]
+    scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(run.sizes))]
+    pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in run.sizes])
     for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
                        ("pyramid.png", functools.partial(pyramid.save, format="PNG")),
                        ("progress.gif", functools.partial(ckgen.save_gif, frames))):
@@ -309,11 +324,11 @@ def make_tokenizer(run, images):
             tokenizer = ckgen.load_tokenizer(run.tokenizer, run.device)
         else:
             tokenizer = Tokenizer(TokenizerConfig(codes=run.codes)).to(run.device)
-        if run.refit_codebook:
+        if run.tokenizer and run.codes:
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
             tokenizer.codebook_weight = torch.zeros(run.codes, tokenizer.config.code_dim,
                                                     device=run.device)
-        if run.refit_codebook or not run.tokenizer:
+        if run.codes:
             train_tokenizer(run, images, tokenizer)
         state = {"tokenizer": tokenizer.state_dict(), "options": run.options,
                  "tokenizer_config": asdict(tokenizer.config)}
@@ -325,7 +340,7 @@ def make_tokenizer(run, images):
 def train_tokenizer(run, images, tokenizer):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
     itself. The codebook follows the latents. A refit is of the codebook alone, at any size."""
-    refit, device = run.refit_codebook, run.device
+    refit, device = run.tokenizer, run.device
     iters = max(1, images.train // 32) if refit else run.tokenizer_iters
     B = 32 if refit else run.tokenizer_batch
     sizes = range(1, run.sizes[-1] + 1) if refit else run.sizes
@@ -443,18 +458,17 @@ class Images:
 
     def read(self, numbers):
         """Pictures (k, 3, side, side), uint8."""
-        if self.paths is None:
-            pictures = [np.array(draw_shape(number, self.side)) for number in numbers]
-        else:
-            with ThreadPoolExecutor() as pool:
-                pictures = list(pool.map(self.read_one, numbers))
+        with ThreadPoolExecutor() as pool:
+            pictures = list(pool.map(self.read_one, numbers))
         if len(self.unreadable) > 0.01 * len(self.labels):
             raise ValueError(f"--data: more than 1 % of the files are unreadable, "
                              f"{min(self.unreadable)} for one")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
-        """One file as (side, side, 3). An unreadable file is reported and replaced by black."""
+        """A picture (side, side, 3). An unreadable file is reported and replaced by black."""
+        if self.paths is None:
+            return np.array(draw_shape(number, self.side))
         path = self.paths[number]
         try:
             return np.array(read_picture(path, self.side))
@@ -631,24 +645,28 @@ def evaluate(args):
     if images.classes != classes:
         raise ValueError(f"--data {args.data}: other classes than those of {args.evaluate}")
     real, labels = images.held_out()
-    sizes = model.config.sizes
-    codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), sizes)
+    run.sizes = model.config.sizes
+    codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), run.sizes)
                        for part in real.split(64)])
-    error = (decode(tokenizer, codes, Layout(sizes, 1)).float() - real).square().mean().item()
+    error = (decode(tokenizer, codes, Layout(run.sizes, 1)).float() - real).square().mean().item()
     print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {tokenizer.config.codes} codes in use")
-    print("held-out loss, nats a token: all, then maps", *sizes)
+    print("held-out loss, nats a token: all, then maps", *run.sizes)
     for P in sorted({1, 2, 3, 4, 8, 16, run.defaults["steps"]}):
-        layout = Layout(sizes, P, device)
+        layout = Layout(run.sizes, P, device)
         losses = held_out_loss(run, model, tokenizer.codebook(), codes, labels, layout)
-        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
+        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses.sum(0)), end="")
+        print("   = {:.3f} + {:.3f} (coarse + fine)".format(*losses[:, 0]) if run.coarse else "")
 
     classifier = train_classifier(images, device)
     wanted = torch.arange(1000) % len(classes)
+    start = time.monotonic()
     codes, layout = draw_codes(run, model, tokenizer, wanted)
+    seconds = (time.monotonic() - start) / len(codes)
     some = range(min(10000, images.train))
     reference = features(classifier, crop(images.read(some), images.size))
-    print(f"{len(layout.steps)} steps, {run.defaults}; Frechet distance to {len(some)} images")
+    print(f"{len(layout.steps)} steps, {1e3 * seconds:.1f} ms an image in batches of 64, "
+          f"{run.defaults}; Frechet distance to {len(some)} images")
     for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
                                   ("held out", real, labels)):
         f = features(classifier, pictures)
@@ -667,93 +685,80 @@ def timed(work):
     return timer.blocked_autorange(min_run_time=2).median  # it waits for the GPU
 
 
-@functools.cache
-def count_flops(work):
-    """Floating-point operations of matrix products in work(1) and in work(2)."""
-    counts = []
-    for batch in (1, 2):
+def bench(args):
+    """Print times of training, drawing and decoding, with random weights, beside their floor: the
+    time in which this device copies the weights once a step, or multiplies as much in large
+    matrices. On a CPU, S and L draw a single image."""
+    device, dtype = ckgen.find_device(args.device)
+    cuda = device.type == "cuda"
+    source, n = torch.zeros(2 ** 25, device=device), 8192 if cuda else 2048
+    copied, matrix = torch.empty_like(source), torch.randn(n, n, device=device).to(dtype)
+    bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source))
+    speed = 2 * n ** 3 / timed(lambda: matrix @ matrix)
+    print(f"{device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
+          f"copies {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
+
+    def measure(what, images, work, counted, read=0):
         with FlopCounterMode(display=False) as counter:
-            work(batch)
-        counts.append(counter.get_total_flops())
-    return counts
+            counted()
+        floor = max(read / bandwidth, counter.get_total_flops() / speed)
+        seconds = timed(work)
+        print(f"{what} {images:3d} images: {1e3 * seconds:9.1f} ms, {images / seconds:8.1f} "
+              f"images/s, {seconds / floor:5.1f} times the floor")
+
+    for name in [args.config] if args.config else RECIPES:
+        bench_config(name, args, device, dtype, measure)
 
 
-def bench_works(name, args, device, dtype):
-    """What there is to time, with random weights: functions of a batch size. tiny is as on the toy
-    shapes, S and L as in the paper. Also the bytes of weights that drawing reads."""
+def bench_config(name, args, device, dtype, measure):
+    """Measure one configuration: tiny as on the toy shapes, S and L as in the paper."""
     grid, tokenizer = 16, TokenizerConfig(4096, 8, 16, 256, (128, 128, 256, 256, 512))
     if name == "tiny":
         grid, tokenizer = 8, TokenizerConfig()
     run = argparse.Namespace(**RECIPES[name])
     sizes = ckgen.scale_sizes(grid, SCALES[args.scale or "2"])
     config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads, run.ffn)
-    model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device)
-    layout, optimizers = Layout(sizes, args.steps or 4, device), make_optimizers(model, run)
-    drawing, codebook = copy.deepcopy(model), tokenizer.codebook()
-    ckgen.for_sampling(drawing, dtype)
-    tokenizer.to(dtype)
+    model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device, dtype)
+    layout, codebook = Layout(sizes, args.steps or 4, device), tokenizer.codebook().float()
+    drawing = ckgen.for_sampling(copy.deepcopy(model), dtype)
+    optimizers = make_optimizers(model, run)
+    read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
+    small = name == "tiny" or device.type == "cuda"
 
-    def train(batch):
-        x = torch.zeros(batch, config.length, dtype=torch.long, device=device)
+    def train():
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            loss, _ = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
+            loss = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
         model.zero_grad()
-        loss.backward()
+        loss[0].backward()
         for optimizer in optimizers:
             optimizer.step()
 
-    def draw(batch):
-        labels = torch.zeros(batch, dtype=torch.long, device=device)
-        ckgen.sample(drawing, codebook, labels, layout, cfg=1.5)
+    def draw():
+        return ckgen.sample(drawing, codebook, x[:, 0], layout, cfg=1.5)
 
-    @functools.cache
-    def captured(batch):
-        generator = torch.Generator(device)
-        return ckgen.SamplerGraph(drawing, codebook, layout, batch, generator, cfg=1.5)
+    def decode():
+        tokenizer.decode_codes(x[:, layout.scales[-1]])
 
-    def graph(batch):
-        captured(batch)(torch.zeros(batch, dtype=torch.long, device=device))
-
-    def decode(batch):
-        tokenizer.decode_codes(torch.zeros(batch, grid * grid, dtype=torch.long, device=device))
-
-    read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
-    return [train, draw, decode] + [graph] * (device.type == "cuda"), read
-
-
-def bench(args):
-    """Print times of training, drawing and decoding beside their floor: the time in which this
-    device copies the weights once a step, or multiplies as much in large matrices."""
-    device, dtype = ckgen.find_device(args.device)
-    source, n = torch.zeros(2 ** 25, device=device), 8192 if device.type == "cuda" else 2048
-    copied, matrix = torch.empty_like(source), torch.randn(n, n, device=device).to(dtype)
-    bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source))
-    speed = 2 * n ** 3 / timed(lambda: matrix @ matrix)
-    print(f"{device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
-          f"copies {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
-    for name in [args.config] if args.config else RECIPES:
-        works, read = bench_works(name, args, device, dtype)
-        for work in works:
-            what = work.__name__
-            one, two = count_flops(works[1] if what == "graph" else work)
-            copies = read / bandwidth if what in ("draw", "graph") else 0
-            for batch in [RECIPES[name]["batch_size"]] if what == "train" else (1, 8, 64):
-                floor = max(copies, (one + (batch - 1) * (two - one)) / speed)
-                if floor > 10:
-                    print(f"{name:5s}{what:7s}{batch:4d} images: at least {floor:.0f} s, left out")
-                    continue
-                seconds = timed(lambda: work(batch))
-                print(f"{name:5s}{what:7s}{batch:4d} images: {1e3 * seconds:9.1f} ms, "
-                      f"{batch / seconds:8.1f} images/s, {seconds / floor:5.1f} times the floor")
+    for batch in (1, 8, 64) if small else (1,):
+        x = torch.zeros(batch, config.length, dtype=torch.long, device=device)
+        measure(f"{name:5s}draw  ", batch, draw, draw, read)
+        if device.type == "cuda":
+            graph = ckgen.SamplerGraph(drawing, codebook, layout, batch, torch.Generator(device),
+                                       cfg=1.5)
+            measure(f"{name:5s}graph ", batch, lambda: graph(x[:, 0]), draw, read)
+        measure(f"{name:5s}decode", batch, decode, decode)
+    if small:
+        x = torch.zeros(run.batch_size, config.length, dtype=torch.long, device=device)
+        measure(f"{name:5s}train ", run.batch_size, train, train)
 
 
 # 7. Command line ----------------------------------------------------------------------------------
 
-OPTIONS = ("config", "scale", "data", "tokenizer", "refit_codebook", "init", "image_size", "iters",
+OPTIONS = ("config", "scale", "data", "tokenizer", "codes", "coarse", "init", "image_size", "iters",
            "batch_size", "lr", "seed")  # what fixes the weights of a run
 
 
-def fill_options(args, device, dtype):
+def fill_options(args, dtype):
     """The options of a run: those of the run in args.out, else of the command line and the recipe.
     Raises ValueError if the two contradict each other."""
     given = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
@@ -768,32 +773,23 @@ def fill_options(args, device, dtype):
                     raise ValueError(f"{args.out} holds a run with --{key.replace('_', '-')} "
                                      f"{options[key]}; remove it, or name another --out")
             return options
-    config = given.get("config") or default_config(device, dtype)
-    recipe = RECIPES[config]
-    if args.tokenizer and not args.data or args.refit_codebook and not args.tokenizer:
-        raise ValueError("--tokenizer needs --data, and --refit-codebook needs --tokenizer")
-    options = {key: recipe.get(key) for key in OPTIONS}
-    options |= {"config": config, "scale": "2", "seed": 0}
-    if args.tokenizer:
-        options |= {"image_size": 256, "iters": None}  # the paper's epochs, see `train`
-    return options | given
-
-
-def default_config(device, dtype):
-    """S on a card that has bfloat16 and memory for its whole batch, else tiny."""
-    if device.type != "cuda":
-        return "tiny"
-    whole = parts_that_fit(RECIPES["S"], 128 // WORLD, 341, device, dtype) == 1
-    config = "S" if whole and dtype == torch.bfloat16 else "tiny"
-    print(f"{torch.cuda.get_device_name(device)}: config {config} (S takes bfloat16 and 22 GB)")
-    return config
+    config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
+    if args.tokenizer and not args.data:
+        raise ValueError("--tokenizer needs --data")
+    options = {key: RECIPES[config].get(key) for key in OPTIONS}
+    options |= {"config": config, "scale": "2", "coarse": 0, "seed": 0}
+    if args.tokenizer:  # with its own codes, for the paper's epochs, see `train`
+        options |= {"image_size": 256, "codes": None, "iters": None}
+    options |= given
+    if options["coarse"] > (options["codes"] or 65535):
+        raise ValueError(f"--coarse {options['coarse']}: more than --codes {options['codes']}")
+    return options
 
 
 def make_run(args, options, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
                              dtype=dtype, out=args.out)
-    run.codes = run.refit_codebook or run.codes
     if run.data and run.config != "tiny":
         run.defaults = {"steps": args.steps or 4, "cfg": 1.5, "temperature": 1.0}
     else:  # more guidance mixes the colours of toy shapes
@@ -825,7 +821,7 @@ def train(args):
     source = os.path.basename(os.path.abspath(args.data)) if args.data else "toy"
     args.out = args.out or os.path.join("runs", f"{source}-{args.scale or 2}x")
     locked = lock(args.out)
-    options = [fill_options(args, device, dtype) if RANK == 0 else None]
+    options = [fill_options(args, dtype) if RANK == 0 else None]
     if WORLD > 1:
         cuda = {"device_id": device} if device.type == "cuda" else {}
         torch.distributed.init_process_group(
@@ -876,12 +872,14 @@ def main(arguments=None):
         help="steps for each scale when drawing (default: 4); training draws P at random")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
-    add("--config", choices=RECIPES, help="size of the model (default: S if the GPU has bfloat16 "
-        "and memory for it, else tiny)")
+    add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
+        "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer for 256-pixel pictures, such as "
         "LlamaGen's vq_ds16_c2i.pt (default: train a small one)")
-    add("--refit-codebook", type=within(int, 2, 65535), metavar="V",
-        help="first train a new codebook for it (the paper's has 4096 codes)")
+    add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: tiny "
+        "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
+    add("--coarse", type=within(int, 1, 65535), metavar="K", help="coarse to fine: draw a cluster "
+        "of codes for each cell, out of K, then all codes in one pass (arXiv:2503.16194)")
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer)")
