@@ -613,11 +613,11 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
 def progress_frames(model, tokenizer, codes, layout):
     """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from finished codes (B, L).
     Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps. The
-    steps of a CoarseToFine show centroids, and the codes are one more frame."""
-    latents = tokenizer.codebook()[codes]                                   # (B, L, C)
-    coarse_to_fine = isinstance(model, CoarseToFine)
-    if coarse_to_fine:
-        latents = model.centroids[model.cluster[codes]].to(latents.dtype)
+    steps of a CoarseToFine show centroids; one more frame shows the codes."""
+    latents, refined = tokenizer.codebook()[codes], []                      # (B, L, C)
+    if isinstance(model, CoarseToFine):
+        latents = model.centroids[model.cluster[codes]].float()
+        refined = [decode_scale(tokenizer, codes, layout)]
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
@@ -628,24 +628,22 @@ def progress_frames(model, tokenizer, codes, layout):
         image = F.interpolate(tokenizer.decode(as_map(known)), (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
-    return frames + [decode_scale(tokenizer, codes, layout)] * coarse_to_fine
+    return frames + refined
 
 
 def picture_grid(rows, names=()):
-    """A PIL image of rows of pictures, [(k, h, w, 3) uint8, ...], each with its name beside it.
-    All are resized to the last row's size, which is enlarged to 96 pixels if it is smaller."""
-    height, width = rows[-1].shape[1:3]
-    zoom, gap, margin = max(1, 96 // height), 4, 9 * max(map(len, names), default=0)
-    height, width = zoom * height + gap, zoom * width + gap
-    grid = Image.new("RGB", (margin + gap + max(map(len, rows)) * width, gap + len(rows) * height),
-                     "white")
+    """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
+    are resized to the size of the last row's, which are enlarged to 96 pixels if smaller."""
+    size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
+    gap, margin = size + 4, 9 * max(map(len, names), default=0)
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * gap, len(rows) * gap), "white")
     pen = ImageDraw.Draw(grid)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            picture = Image.fromarray(picture).resize((width - gap, height - gap), Image.NEAREST)
-            grid.paste(picture, (margin + gap + j * width, gap + i * height))
+            picture = Image.fromarray(picture).resize((size, size), Image.NEAREST)
+            grid.paste(picture, (margin + j * gap + 2, i * gap + 2))
     for i, name in enumerate(names):
-        pen.text((gap, (i + 0.5) * height), name, "black", anchor="lm", font_size=14)
+        pen.text((4, (i + 0.5) * gap), name, "black", anchor="lm", font_size=14)
     return grid
 
 
@@ -878,8 +876,6 @@ def released_config(tensors):
     """The Config of a released transformer."""
     length, width = tensors["embed_positions.weight"].shape
     pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in (2, 4, 3, 2 ** 0.5, 1)]
-    tensors.setdefault("src_latents_proj.weight", torch.eye(width))  # older files have none
-    tensors.setdefault("src_latents_proj.bias", torch.zeros(width))
     return Config(
         sizes=next(sizes for sizes in pyramids if sum(n * n for n in sizes) == length),
         classes=len(tensors["class_embeddings.weight"]) - 1,
@@ -927,7 +923,7 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error).split(". ")[0] + "; take fewer images or a smaller model")
 
 
-def within(kind, low, high):
+def within(kind, low, high=10 ** 9):
     """An argparse type: a number of this kind from low to high."""
     def number(text):
         if not low <= kind(text) <= high:
@@ -961,7 +957,7 @@ def explain():
         print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))
     layout = Layout((1, 2, 4), P=4)
     print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cell 0 is the 1x1 map,\n"
-          "cells 1-4 are the 2x2 map and 5-20 the 4x4 map, row by row. -1: no block before.\n")
+          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: there is no block before.\n")
     for t, (_, start, end) in enumerate(layout.steps, 1):
         cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
         print(f"   step {t}: draws {cells}, reads {before}")
@@ -985,11 +981,11 @@ def sample_to_file(args):
     for key in options:
         if getattr(args, key) is not None:
             options[key] = getattr(args, key)
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for name in args.classes or ():
-        if name not in numbers:
-            raise ValueError(f"--class {name}: not a number, nor among {', '.join(names[:20])}")
-    chosen = [numbers[name] for name in args.classes or names][:args.n]
+    known = [*names, *map(str, range(len(names)))]
+    unknown = [name for name in args.classes or () if name not in known]
+    if unknown:
+        raise ValueError(f"--class {unknown[0]}: not a number, nor among {', '.join(names[:20])}")
+    chosen = [known.index(name) % len(names) for name in args.classes or names][:args.n]
     n, k = args.n or 8 * len(chosen), len(chosen)
     labels = torch.tensor(chosen, device=device).repeat(n // k + 1)[:n]
     layout = Layout(model.config.sizes, options.pop("steps"), device)
@@ -1023,13 +1019,13 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="of train_tiny.py or the author; sets what you leave out")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="by name or number (all)")
-    add("--n", type=within(int, 1, 10 ** 7), help="number of images (8 of each class)")
-    add("--steps", type=within(int, 1, 10 ** 6), metavar="P", help="steps a scale, any number")
+    add("--n", type=within(int, 1), help="number of images (8 of each class)")
+    add("--steps", type=within(int, 1), metavar="P", help="steps a scale, any number")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance: cond + W (cond - uncond)")
-    add("--cfg-start", type=within(int, 0, 10 ** 6), default=5, metavar="STEP",
+    add("--cfg-start", type=within(int, 0), default=5, metavar="STEP",
         help="how many steps at the start have no guidance (5)")
     add("--temperature", type=within(float, 0, 100), metavar="T", help="0: the likeliest codes")
-    add("--seed", type=within(int, 0, 10 ** 9), default=0, help="same seed, same images (0)")
+    add("--seed", type=within(int, 0), default=0, help="same seed, same images (0)")
     add("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="(bfloat16 on a GPU that has it)")
     add("--out", default="samples.png", help="(samples.png): .png is a grid, or the image itself "

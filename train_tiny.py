@@ -868,7 +868,7 @@ def main(arguments=None):
         epilog="example: python train_tiny.py --scale 2 --steps 4")
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=SCALES, help="ratio between scales; 1: a single scale (default: 2)")
-    add("--steps", type=within(int, 1, 10 ** 6), metavar="P",
+    add("--steps", type=within(int, 1), metavar="P",
         help="steps for each scale when drawing (default: 4); training draws P at random")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
@@ -883,12 +883,12 @@ def main(arguments=None):
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer)")
-    add("--iters", type=within(int, 1, 10 ** 9), help="steps of training; the tokenizer's follow "
+    add("--iters", type=within(int, 1), help="steps of training; the tokenizer's follow "
         "in proportion (default: tiny 1150, S 6000, L 12000; with --tokenizer the paper's epochs)")
-    add("--batch-size", type=within(int, 1, 10 ** 5), help="(default: tiny 16, S 128, L 64)")
+    add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
-    add("--seed", type=within(int, 0, 10 ** 9),
+    add("--seed", type=within(int, 0),
         help="same seed, same machine: same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--evaluate", metavar="CHECKPOINT", help="print how good a model is")
