@@ -101,7 +101,7 @@ def seeded(run, stage, step):
 def train_transformer(run, images, tokenizer, codes):
     """Train on codes (images, views, L), stored as code + 1, until checkpoint.pt holds run.iters
     steps."""
-    device, path = run.device, os.path.join(run.out, "checkpoint.pt")
+    device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
                     run.heads, run.ffn, clusters=run.coarse)
@@ -284,7 +284,7 @@ def write_log(run, rows):
     """Write log.csv."""
     table = functools.partial(np.savetxt, X=[[*row.values()] for row in rows], fmt="%.7g",
                               delimiter=",", header=",".join(rows[0]), comments="")
-    ckgen.write_whole(os.path.join(run.out, "log.csv"), table)
+    ckgen.write_whole(f"{run.out}/log.csv", table)
 
 
 def draw_codes(run, model, tokenizer, labels):
@@ -310,14 +310,14 @@ def draw_pictures(run, model, tokenizer):
     for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
                        ("pyramid.png", functools.partial(pyramid.save, format="PNG")),
                        ("progress.gif", functools.partial(ckgen.save_gif, frames))):
-        ckgen.write_whole(os.path.join(run.out, name), save)
+        ckgen.write_whole(f"{run.out}/{name}", save)
 
 
 # 3. The tokenizer's training (Sec. 3.3), and the codes of all images ------------------------------
 
 def make_tokenizer(run, images):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
-    path = os.path.join(run.out, "tokenizer.pt")
+    path = f"{run.out}/tokenizer.pt"
     if RANK == 0 and not os.path.exists(path):
         torch.manual_seed(run.seed)
         if run.tokenizer:
@@ -399,7 +399,7 @@ def code_images(run, images, tokenizer):
     belongs = zlib.crc32(f"{images.fingerprint} {run.image_size} {run.sizes}".encode())
     for tensor in tokenizer.state_dict().values():
         belongs = zlib.crc32(tensor.cpu().numpy().tobytes(), belongs)
-    path = os.path.join(run.out, f"codes-{belongs:08x}.npy")
+    path = f"{run.out}/codes-{belongs:08x}.npy"
     shape = (images.train, images.views, sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
         mode = "r+" if os.path.exists(f"{path}.tmp") else "w+"
@@ -765,7 +765,7 @@ def fill_options(args, dtype):
     for key in {"data", "tokenizer", "init"} & given.keys():
         given[key] = os.path.abspath(given[key])
     for name in ("checkpoint.pt", "tokenizer.pt"):
-        path = os.path.join(args.out, name)
+        path = f"{args.out}/{name}"
         if os.path.exists(path):
             options = ckgen.read(path)["options"]
             for key, value in given.items():
@@ -806,7 +806,7 @@ def barrier():
 def lock(folder):
     """Keep other processes out of a folder as long as the file that this returns is open."""
     os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, ".lock"), "w")
+    file = open(f"{folder}/.lock", "w")
     try:
         if fcntl and RANK == 0:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -819,7 +819,7 @@ def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
     source = os.path.basename(os.path.abspath(args.data)) if args.data else "toy"
-    args.out = args.out or os.path.join("runs", f"{source}-{args.scale or 2}x")
+    args.out = args.out or f"runs/{source}-{args.scale or 2}x"
     locked = lock(args.out)
     options = [fill_options(args, dtype) if RANK == 0 else None]
     if WORLD > 1:
@@ -836,7 +836,7 @@ def train(args):
         epochs = 30 if run.init else run.epochs or 1
         run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
-    path = os.path.join(run.out, "tokenizer.pt")
+    path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer
     stride = ckgen.load_tokenizer(given).config.stride if given else TokenizerConfig.stride
     if run.image_size % stride or run.batch_size % WORLD:
@@ -849,13 +849,14 @@ def train(args):
     codes = code_images(run, images, tokenizer)
     train_transformer(run, images, tokenizer, codes)
     if RANK == 0:
-        folder = os.path.join(run.out, "")
-        print(f"{folder}samples.png     a row of samples for each class\n"
-              f"{folder}progress.gif    an image of each class after every step (Fig. 1)\n"
-              f"{folder}pyramid.png     the same images, each scale a picture by itself\n"
-              f"{folder}log.csv         losses and learning rate\n"
-              f"next: python ckgen.py {folder}checkpoint.pt --n 16 --steps 8\n"
-              f"      python train_tiny.py --evaluate {folder}checkpoint.pt")
+        for name, what in (("samples.png", "a row of samples for each class"),
+                           ("progress.gif", "an image of each class after every step (Fig. 1)"),
+                           ("pyramid.png", "the same images, each scale a picture by itself"),
+                           ("log.csv", "losses and learning rate")):
+            if os.path.exists(f"{run.out}/{name}"):
+                print(f"{run.out}/{name:15s} {what}")
+        print(f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
+              f"      python train_tiny.py --evaluate {run.out}/checkpoint.pt")
     locked.close()
 
 
