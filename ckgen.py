@@ -18,7 +18,7 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
 Shapes: B batch, L cells of the pyramid (the sequence is 1 + L: class token first), T tokens of one
 call, D width, H heads, d = D / H, V codes, C code dimension, n side of a map, N of the finest map.
 "As released" marks what the author's released models do, where the paper leaves it open or says
-otherwise. So guidance is logits = cond + cfg (cond - uncond): 0 is off, 1.5 is 2.5 elsewhere.
+otherwise. Guidance, as released, is cond + cfg (cond - uncond): 0 is off, 1.5 is 2.5 elsewhere.
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
@@ -53,8 +53,8 @@ def progressive_checkerboard(size):
     """Algorithm 1: all cells (x, y) of a size x size grid, in an order whose prefixes are balanced:
     at each level of the quadtree, the quadrants hold equally many cells of a prefix, give or take
     one. If size is not a power of two, the order of the next one is restricted to the grid;
-    quadrants inside the grid are balanced. Raises ValueError if size < 1. Copy it: it needs no
-    import. P blocks: torch.tensor(order).tensor_split(P) or np.array_split(order, P)."""
+    quadrants inside the grid are balanced. Raises ValueError if size < 1. It needs no import:
+    copy it. np.array_split(order, P) gives the blocks."""
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
 
@@ -89,22 +89,21 @@ def scale_sizes(grid, ratio):
 # 2. Layout: the token sequence (Sec. 3.1, Fig. 2) -------------------------------------------------
 #
 # A cell is an index 0 ... L-1 into the flattened pyramid: the maps one after the other, coarse to
-# fine, each row by row. Two indices are not cells: they pick the last two rows of the RoPE table.
+# fine, each row by row. Two indices are not cells:
 
 EMPTY = -1  # what the first block of a scale has in place of a block before
 CLASS = -2  # the class token
 
 
 class Layout:
-    """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Mask, inputs,
-    loss and sampler are read off `cell` and `before`.
+    """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks.
 
     Block sizes differ by one at most, larger ones first. Token j of a block reads cell j of the
     block before (Eq. 1), which is never shorter. Of a 4x4 map with P = 4, cells 0-15 row by row,
     step 1 draws 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
-    No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from one step to
-    one step a cell, so that one model can sample with any P.
+    No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from 1 to N * N,
+    so that one model can sample with any P.
     """
 
     def __init__(self, sizes, P, device="cpu"):
@@ -126,13 +125,12 @@ class Layout:
                 previous = b
         self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
         self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
-        block = torch.tensor(block, device=device)         # (1+L,) its number; class token: 0
+        block = torch.tensor(block, device=device)         # (1+L,) its block; class token: 0
         # (1+L, 1+L): a row's token sees its own block and all blocks before, in all scales
         self.mask = block[:, None] >= block
 
 
-# 3. Tokenizer (Sec. 3.3): images to codes and back. train_tiny.py trains it; the codebook is a ----
-#    buffer, since its codes follow moving averages of the latents instead of a gradient.
+# 3. Tokenizer (Sec. 3.3): images to codes and back ------------------------------------------------
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -152,9 +150,11 @@ class Tokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = (vqgan if config.channels else small_pair)(config)
+        make_pair = vqgan if config.channels else small_pair
+        self.encoder, self.decoder = make_pair(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
+        # a buffer: in train_tiny.py it follows moving averages of the latents, not a gradient
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -201,7 +201,7 @@ def as_map(rows):
 
 def upsample(latents, layout, scale):
     """z_up of a scale (Sec. 3.1), (B, n*n, C), of a pyramid of latents (B, L, C). As released, zero
-    at the first scale; at the others it has unit length again, which interpolation shortens."""
+    at the first scale; at the others of unit length again, since interpolation shortens vectors."""
     if scale == 0:
         return torch.zeros_like(latents[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], latents[:, layout.scales[scale - 1]]
@@ -227,7 +227,7 @@ class ResidualBlock(nn.Module):
 
 
 def small_pair(config):
-    """The small encoder and decoder. The encoder sees one cell at a time: equal patches get equal
+    """Our small encoder and decoder. The encoder sees one cell at a time: equal patches get equal
     codes, which are easy to predict. The decoder sees a neighbourhood."""
     pixels, width = 3 * config.stride ** 2, config.width
     blocks = [ResidualBlock(width, width) for _ in range(3)]
@@ -249,7 +249,7 @@ class Config:
     layers: int = 4
     heads: int = 4          # H
     ffn: int = 384          # three times the width, as released
-    mixing_layers: int = 2  # RoPE mixing in the first layers only (Sec. 4.4)
+    mixing_layers: int = 2  # RoPE mixing in the first layers only (it gains nothing, Sec. 4.4)
     clusters: int = 0       # K, if coarse to fine
 
     @property
@@ -259,18 +259,18 @@ class Config:
 
 
 def rope_table(sizes, head_width):
-    """Where the learned RoPE starts (Sec. 3.4): (cos, sin) of d angles for each cell, (L + 2, 2 d).
+    """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d): cos, sin, cos, ... of d angles.
     7/16 of the angles grow with x, 7/16 with y, in cells of the finest map, 1/8 with the scale. The
-    rows of CLASS and EMPTY start at angle 0. As released: frequencies from 1 to almost 1/N^2, for
-    scales to 1/10, where scale k lies at (k + 1) pi/2; and an angle for every element. Elements i
-    and i + d/2 form a pair: both start with the same angle, a true rotation, and may grow apart."""
+    last two rows are of CLASS and EMPTY: angle 0. As released: frequencies from 1 to almost 1/N^2,
+    for scales to 1/10, where scale k lies at (k + 1) pi/2; and elements i and i + d/2, a pair, get
+    equal angles, a true rotation, that are learned separately."""
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
     y_pairs = pairs - scale_pairs - x_pairs
 
-    def turn(position, pairs, base):
-        return position[..., None] * base ** -(torch.arange(pairs) / pairs)
+    def turn(position, count, base):
+        return position[..., None] * base ** -(torch.arange(count) / count)
 
     rows = []
     for k, n in enumerate(sizes):
@@ -300,11 +300,11 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x, q_rope, k_rope, mask=None, cache=None, start=0):
+    def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. Without a mask,
-        all see all. cache (2, B, H, 1+L, d): keys and values of earlier tokens; takes these too."""
+        all see all. cache (2, B, H, 1+L, d): earlier tokens' keys and values; stores these too."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d)
+        q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, :, start:end] = k
@@ -347,7 +347,7 @@ class Layer(nn.Module):
         shift2, scale2 = self.post_attention_modulation(class_token).chunk(2, -1)
         return shift1, scale1, shift2, scale2
 
-    def forward(self, x, modulation, q_rope, k_rope, mask=None, cache=None, start=0):
+    def forward(self, x, modulation, q_rope, k_rope, mask, cache, start):
         shift1, scale1, shift2, scale2 = modulation
         h = self.attention_norm(x) * scale1 + shift1
         x = x + self.attention(h, q_rope, k_rope, mask, cache, start)
@@ -400,7 +400,7 @@ class Checkerboard(nn.Module):
         Of a first block, b_{i-1} is EMPTY; of the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
-        table = F.normalize(table, dim=0)                                # cos^2 + sin^2 = 1
+        table = F.normalize(table, dim=0)                # cos^2 + sin^2 = 1 again, as released
         here = table[:, layout.cell]                                     # (2, 1+L, d)
         before = table[:, layout.before]
         ropes = [(here, here)] * self.config.layers
@@ -417,7 +417,7 @@ class Checkerboard(nn.Module):
 
     def inputs(self, latents, z_up, layout, start, end):
         """Eq. 1, its parts in the released order: the input tokens start ... end-1, (B, T, D), of
-        pyramids latents and z_up, (B, L, C). Only z_up at b_i and latents at b_{i-1} are read."""
+        the pyramids latents and z_up, (B, L, C), read at b_{i-1} and at b_i."""
         cell, before = layout.cell[start:end], layout.before[start:end]
         B, pos = len(latents), self.embed_positions.weight               # pos (L, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))      # (B, T, D)
@@ -437,7 +437,7 @@ class Checkerboard(nn.Module):
             cache = None if caches is None else caches[i]
             x = layer(x, modulations[i], q_rope[..., start:end, :], k_rope[..., start:end, :], mask,
                       cache, start)
-        x = x.to(self.norm.weight.dtype)  # float32: guidance would multiply rounding errors
+        x = x.to(self.norm.weight.dtype)  # float32: see for_sampling
         return self.lm_head(self.norm(x)).float()
 
     def forward(self, latents, labels, layout, noisy=None):
@@ -453,8 +453,8 @@ class Checkerboard(nn.Module):
 
 
 def loss_by_scale(logits, codes, layout):
-    """Cross-entropy in nats: the flat mean over all tokens (Sec. 3.1), then the mean of each scale.
-    logits are (B, L, V) in layout order, codes (B, L) of the pyramid."""
+    """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is trained
+    (Sec. 3.1), then each scale's mean. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
@@ -465,11 +465,12 @@ def loss_by_scale(logits, codes, layout):
 # 6. Sampling (Sec. 3.1, 4.1, 4.5) -----------------------------------------------------------------
 
 def draw(logits, temperature, generator=None):
-    """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: -log e
-    is Gumbel noise. Temperature 0 is argmax. Unlike multinomial, it never makes the CPU wait."""
-    e = torch.empty_like(logits).exponential_(generator=generator)
-    e = e.clamp(min=2 ** -25)  # some devices draw exact zeros, which would win against any logits
-    return (logits - temperature * e.log()).argmax(-1)
+    """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
+    the log of exponential noise is Gumbel noise. Temperature 0 is argmax. Unlike multinomial, it
+    never makes the CPU wait."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
+    return (logits - temperature * noise.log()).argmax(-1)
 
 
 @torch.no_grad()
@@ -477,11 +478,11 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
            return_entropy=False):
     """Draw the codes (B, L) of one image for each label (B,), one forward pass a step. codebook is
     (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
-    and 2x2 maps of ratio 2 (Sec. 4.1). With return_entropy: also the entropies (B, L), in nats, of
-    softmax(logits), guided, before the temperature (Sec. 4.5).
+    and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
+    in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
-    that are drawn, its RoPE goes by cell and its AdaLN by class.
+    that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
@@ -508,7 +509,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             logits = model.transform(x, modulations, ropes, None, caches, start)
         if cfg > 0:
             cond, uncond = logits.chunk(2)
-            logits = cond + cfg * (cond - uncond) if t >= cfg_start else cond
+            w = cfg if t >= cfg_start else 0
+            logits = cond + w * (cond - uncond)
         codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
         latents[:, cell] = codebook[codes[:, cell]]
         if return_entropy:
@@ -517,21 +519,25 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L). 64 at a time
-    take 4 GB on a GPU with L. Same seed and labels, same codes."""
+    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L). A batch of
+    64 takes 4 GB of a GPU with the L model."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
-    draw_some = functools.partial(sample, model, tokenizer.codebook())
-    if isinstance(model, CoarseToFine):
-        draw_some = model.sample
-    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
-    return torch.cat([draw_some(part, layout, **options) for part in parts])
+    codes = []
+    for part in tqdm(labels.split(64), "sampling", unit="batch", leave=False):
+        if isinstance(model, CoarseToFine):
+            codes.append(model.sample(part, layout, **options))
+        else:
+            codes.append(sample(model, tokenizer.codebook(), part, layout, **options))
+    return torch.cat(codes)
 
 
 # 7. Coarse to fine (Guo, Zhang, Shieh 2025, arXiv:2503.16194) -------------------------------------
 #
-# Codes whose vectors lie close together decode alike. So k-means puts the V codes into K clusters.
-# Stage 1 draws the cluster of each cell, as above. Stage 2 then draws all codes in a single pass,
-# each within its cluster. The nats of a code are those of its cluster and those within it.
+# Codes whose vectors lie close decode alike. k-means puts the V codes into K clusters, the coarse
+# labels. Stage 1 samples the clusters of all cells as above, and sees centroids instead of codes.
+# Stage 2, as large a model, then samples all codes at once, each within its cluster. As a code has
+# one cluster, log p(codes) = log p(clusters) + log p(codes | clusters): both are trained, on true
+# clusters, and their losses add up. If K = V, stage 2 has nothing to choose.
 
 def cluster_codebook(codebook, K, seed=0, rounds=100):
     """k-means of a codebook (V, C): the cluster (V,) of each code, and the K clusters' centroids
@@ -560,19 +566,21 @@ class CoarseToFine(nn.Module):
         self.config = config
         self.coarse = Checkerboard(replace(config, codes=config.clusters))
         self.fine = Checkerboard(config)
-        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))         # (V,)
-        self.register_buffer("centroids", torch.zeros(config.clusters, config.code_dim))     # (K, C)
+        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))        # (V,)
+        self.register_buffer("centroids", torch.zeros(config.clusters, config.code_dim))    # (K, C)
 
     def forward(self, codes, labels, layout, noisy):
-        """Training with true codes (B, L), and others to make z_up of: for each stage its logits
-        (B, L, K or V) in layout order and its targets (B, L). The losses add up to nats a token."""
-        clusters, noisy = self.cluster[codes], self.cluster[noisy]
-        coarse = self.coarse(self.centroids[clusters], labels, layout, self.centroids[noisy])
-        return (coarse, clusters), (self.refine(clusters, labels, layout), codes)
+        """Training on codes (B, L). z_up is made of `noisy` codes. Returns for each stage its
+        logits (B, L, K or V), in layout order, and its targets (B, L)."""
+        clusters = self.cluster[codes]
+        z, noisy = self.centroids[clusters], self.centroids[self.cluster[noisy]]
+        coarse_logits = self.coarse(z, labels, layout, noisy)
+        fine_logits = self.refine(clusters, labels, layout)
+        return (coarse_logits, clusters), (fine_logits, codes)
 
     def refine(self, clusters, labels, layout):
-        """Stage 2: logits (B, L, V) in layout order, given the clusters (B, L) of all cells: there
-        is no mask, and z_up holds the very cells whose codes are predicted."""
+        """Stage 2: logits (B, L, V) in layout order, given all clusters (B, L). There is no mask,
+        and z_up holds the centroid of the cell itself."""
         class_token, modulations = self.fine.embed_class(labels)
         z = self.centroids[clusters].to(class_token.dtype)               # (B, L, C)
         tokens = self.fine.inputs(z, z, layout, 1, len(layout.cell))
@@ -583,13 +591,14 @@ class CoarseToFine(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels, layout, cfg=0.0, temperature=1.0, generator=None, **options):
-        """Draw codes (B, L) for labels (B,), with the options of `sample`."""
+        """Draw codes (B, L) for labels (B,), guided in both stages. options: cfg_start."""
         clusters = sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
                           temperature=temperature, generator=generator, **options)
         logits = self.refine(clusters, labels, layout)
         if cfg > 0:
             uncond = self.refine(clusters, torch.full_like(labels, self.config.classes), layout)
-            logits = torch.where(logits.isinf(), logits, logits + cfg * (logits - uncond))
+            guided = logits + cfg * (logits - uncond)                    # -inf - -inf is nan
+            logits = torch.where(logits.isinf(), logits, guided)
         codes = torch.empty_like(clusters)
         codes[:, layout.cell[1:]] = draw(logits, temperature, generator)
         return codes
@@ -614,7 +623,8 @@ def progress_frames(model, tokenizer, codes, layout):
     """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from finished codes (B, L).
     Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps. The
     steps of a CoarseToFine show centroids; one more frame shows the codes."""
-    latents, refined = tokenizer.codebook()[codes], []                      # (B, L, C)
+    latents = tokenizer.codebook()[codes]                                   # (B, L, C)
+    refined = []
     if isinstance(model, CoarseToFine):
         latents = model.centroids[model.cluster[codes]].float()
         refined = [decode_scale(tokenizer, codes, layout)]
@@ -633,7 +643,7 @@ def progress_frames(model, tokenizer, codes, layout):
 
 def picture_grid(rows, names=()):
     """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
-    are resized to the size of the last row's, which are enlarged to 96 pixels if smaller."""
+    get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
     size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
     gap, margin = size + 4, 9 * max(map(len, names), default=0)
     grid = Image.new("RGB", (margin + max(map(len, rows)) * gap, len(rows) * gap), "white")
@@ -745,7 +755,8 @@ class SamplerGraph:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
         with torch.cuda.graph(self.graph, stream=stream):
-            self.codes = sample(model, codebook, self.labels, layout, generator=generator, **options)
+            options["generator"] = generator
+            self.codes = sample(model, codebook, self.labels, layout, **options)
 
     def __call__(self, labels):
         """Codes (batch, L) for labels (batch,)."""
@@ -817,8 +828,8 @@ def load(path, device="cpu", dtype=torch.float32):
 
 
 def for_sampling(model, dtype):
-    """The model in this type, but for final norm and lm_head, whose rounding errors guidance would
-    multiply."""
+    """The model in this type, but final norm and lm_head in float32: guidance would multiply their
+    rounding errors."""
     model.to(dtype)
     for part in model.modules():
         if isinstance(part, Checkerboard):
@@ -1021,7 +1032,7 @@ def main(arguments=None):
     add("--class", dest="classes", nargs="+", metavar="NAME", help="by name or number (all)")
     add("--n", type=within(int, 1), help="number of images (8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale, any number")
-    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance: cond + W (cond - uncond)")
+    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance: cond + W(cond - uncond)")
     add("--cfg-start", type=within(int, 0), default=5, metavar="STEP",
         help="how many steps at the start have no guidance (5)")
     add("--temperature", type=within(float, 0, 100), metavar="T", help="0: the likeliest codes")

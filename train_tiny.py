@@ -66,7 +66,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RECIPES = {
     "tiny": dict(width=128, layers=4, heads=4, ffn=384, image_size=32, codes=256, batch_size=16,
                  tokenizer_iters=1500, tokenizer_batch=16, iters=1150, replace_codes=0.0, lr=6e-3,
-                 muon=5.0,  # Muon's learning rate over AdamW's: in minutes it gets much further
+                 muon=5.0,  # Muon's learning rate over AdamW's. It learns more in a few minutes.
                  epochs=0, drops=(), accumulate_from=math.inf),
     "S": dict(width=512, layers=12, heads=16, ffn=1536, image_size=64, codes=1024, batch_size=128,
               tokenizer_iters=6000, tokenizer_batch=32, iters=6000, replace_codes=0.1, lr=1e-4,
@@ -75,8 +75,7 @@ RECIPES = {
     "L": dict(width=1024, layers=20, heads=16, ffn=3072, image_size=64, codes=1024, batch_size=64,
               tokenizer_iters=6000, tokenizer_batch=32, iters=12000, replace_codes=0.1, lr=5e-5,
               muon=0.0, epochs=206, drops=((200, 0.2),),
-              # From epoch 205 on a step takes five batches, so the last five epochs take the steps
-              # of one: 206 = 200 + 5 + 1.
+              # The last 5 epochs take 5 batches a step, so the steps of one: 206 = 200 + 5 + 1.
               accumulate_from=205),
 }
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
@@ -84,7 +83,7 @@ SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 def lr_factor(run, step):
     """The learning rate's factor at a step. tiny: 20 steps of warm-up, then linearly down to zero.
-    S and L (Sec. 4.1): one epoch of warm-up, then constant, with drops near the end."""
+    S and L: one epoch of warm-up, then constant, with the drops of Sec. 4.1 near the end."""
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
     epoch = (step + 1) / run.iters * run.epochs
@@ -99,7 +98,7 @@ def seeded(run, stage, step):
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
 
 def train_transformer(run, images, tokenizer, codes):
-    """Train on codes (images, views, L), stored as code + 1, until checkpoint.pt holds run.iters
+    """Train on codes + 1 (images, views, L), see code_images, until checkpoint.pt holds run.iters
     steps."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
@@ -118,8 +117,8 @@ def train_transformer(run, images, tokenizer, codes):
         first, log = state["step"], state["log"]
         with ckgen.contents_of(path):
             model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        for optimizer, values in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(values)
     elif run.init:
         start_from(model, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
@@ -242,9 +241,10 @@ def start_from(model, path):
     """Start from a trained model, also of another scale ratio (footnote 2). Tables of positions of
     another length keep their own start (as released). Raises ValueError if the rest differs."""
     own, source = model.state_dict(), ckgen.load(path)[0].state_dict()
-    for name in own.keys() & source.keys():
-        if name.endswith(("embed_positions.weight", "rope")) and len(source[name]) != len(own[name]):
-            source[name] = own[name]
+    for name in source.keys() & own.keys():
+        if name.endswith(("embed_positions.weight", "rope")):
+            if len(source[name]) != len(own[name]):
+                source[name] = own[name]
     with ckgen.contents_of(path):
         model.load_state_dict(source)
 
