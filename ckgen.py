@@ -824,6 +824,8 @@ def load(path, device="cpu", dtype=torch.float32):
             raise ValueError("its class names do not fit")
         if not all(0 <= defaults[key] < math.inf for key in ("cfg", "temperature")):
             raise ValueError("its guidance or temperature is not a number from 0")
+        if config.clusters and model.cluster.unique().tolist() != [*range(config.clusters)]:
+            raise ValueError("its clusters do not fit")
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
 
 
@@ -929,8 +931,10 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, OSError) as error:
             self.error(str(error))
         except RuntimeError as error:
-            if "memory" not in str(error) and "inline_container" not in str(error):
-                raise  # a mistake in the program: neither too little memory nor a full disk
+            if "inline_container" in str(error):
+                self.error("a file was not written: the disk may be full")
+            if "memory" not in str(error):
+                raise  # a mistake in the program
             self.error(str(error).split(". ")[0] + "; take fewer images or a smaller model")
 
 

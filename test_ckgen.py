@@ -486,6 +486,20 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
     assert not differences(before, contents(finished))
 
 
+def test_init_takes_weights_and_tokenizer_of_a_model_of_another_scale(coarse_to_fine, tmp_path):
+    source = coarse_to_fine / "checkpoint.pt"
+    options = ["--out", tmp_path, "--init", source, "--scale", 4, "--iters", 1, "--lr", 1e-9]
+    assert train(*options) == 2  # it is coarse to fine
+    train(*options, "--coarse", 4)
+    old, new = (ckgen.read(path) for path in (source, tmp_path / "checkpoint.pt"))
+    changed = {name for name, value in old["model"].items()
+               if value.shape != new["model"][name].shape
+               or not torch.allclose(value, new["model"][name], atol=1e-6)}
+    assert changed == {f"{stage}.{name}" for stage in ("coarse", "fine")
+                       for name in ("embed_positions.weight", "rope")}
+    assert not differences(old["tokenizer"], new["tokenizer"])
+
+
 def test_codes_belong_to_their_tokenizer(finished, tmp_path):
     train("--out", tmp_path, "--seed", 1)
     for path in tmp_path.glob("*.pt"):
@@ -682,7 +696,7 @@ del state["tokenizer"] | ckgen ok.pt | ok.pt: damaged
 | train --image-size 30 | multiple of 4
 | train --data hollow | hollow: needs folders
 | train --tokenizer ok.pt | --tokenizer needs --data
-| train --coarse 17 | --coarse 17: more than --codes 16
+| train --coarse 17 | --coarse 17: more than there are codes
 del state["options"] | train --evaluate ok.pt | not a checkpoint of this program
 | train --evaluate ok.pt --data full | other classes
 state["options"]["pictures"] = 1 | train --out old | not the files"""

@@ -120,7 +120,7 @@ def train_transformer(run, images, tokenizer, codes):
         for optimizer, values in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
     elif run.init:
-        start_from(model, run.init)
+        start_from(model, codebook, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     parts = parts_that_fit(run, config)
@@ -237,10 +237,13 @@ def make_optimizers(model, run):
     return optimizers + ([Muon(muon, run.lr * run.muon)] if muon else [])
 
 
-def start_from(model, path):
+def start_from(model, codebook, path):
     """Start from a trained model, also of another scale ratio (footnote 2). Tables of positions of
     another length keep their own start (as released). Raises ValueError if the rest differs."""
-    own, source = model.state_dict(), ckgen.load(path)[0].state_dict()
+    source, tokenizer, *_ = ckgen.load(path)
+    if not torch.equal(tokenizer.codebook(), codebook.cpu()):
+        raise ValueError(f"--init {path}: its tokenizer has another codebook")
+    own, source = model.state_dict(), source.state_dict()
     for name in source.keys() & own.keys():
         if name.endswith(("embed_positions.weight", "rope")):
             if len(source[name]) != len(own[name]):
@@ -317,19 +320,19 @@ def draw_pictures(run, model, tokenizer):
 
 def make_tokenizer(run, images):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
-    path = f"{run.out}/tokenizer.pt"
+    path, given = f"{run.out}/tokenizer.pt", run.tokenizer or run.init
     if RANK == 0 and not os.path.exists(path):
         torch.manual_seed(run.seed)
-        if run.tokenizer:
-            tokenizer = ckgen.load_tokenizer(run.tokenizer, run.device)
+        if given:
+            tokenizer = ckgen.load_tokenizer(given, run.device)
         else:
             tokenizer = Tokenizer(TokenizerConfig(codes=run.codes)).to(run.device)
-        if run.tokenizer and run.codes:
+        if given and run.codes:
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
             tokenizer.codebook_weight = torch.zeros(run.codes, tokenizer.config.code_dim,
                                                     device=run.device)
         if run.codes:
-            train_tokenizer(run, images, tokenizer)
+            train_tokenizer(run, images, tokenizer, refit=bool(given))
         state = {"tokenizer": tokenizer.state_dict(), "options": run.options,
                  "tokenizer_config": asdict(tokenizer.config)}
         ckgen.write_whole(path, functools.partial(torch.save, state))
@@ -337,10 +340,10 @@ def make_tokenizer(run, images):
     return ckgen.load_tokenizer(path, run.device)
 
 
-def train_tokenizer(run, images, tokenizer):
+def train_tokenizer(run, images, tokenizer, refit):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
     itself. The codebook follows the latents. A refit is of the codebook alone, at any size."""
-    refit, device = run.tokenizer, run.device
+    device = run.device
     iters = max(1, images.train // 32) if refit else run.tokenizer_iters
     B = 32 if refit else run.tokenizer_batch
     sizes = range(1, run.sizes[-1] + 1) if refit else run.sizes
@@ -402,8 +405,9 @@ def code_images(run, images, tokenizer):
     path = f"{run.out}/codes-{belongs:08x}.npy"
     shape = (images.train, images.views, sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
-        mode = "r+" if os.path.exists(f"{path}.tmp") else "w+"
-        codes = np.lib.format.open_memmap(f"{path}.tmp", mode, np.uint16, shape)
+        part = f"{path}.tmp"
+        started = os.path.exists(part) and os.path.getsize(part) > 2 * math.prod(shape)
+        codes = np.lib.format.open_memmap(part, "r+" if started else "w+", np.uint16, shape)
         first = np.count_nonzero(codes[:, -1, -1])
         bar = tqdm(total=len(codes), initial=first, desc="coding images", unit="image")
         for start in range(first, len(codes), 32):
@@ -416,7 +420,7 @@ def code_images(run, images, tokenizer):
             bar.update(len(numbers))
         bar.close()
         codes.flush()
-        os.replace(f"{path}.tmp", path)
+        os.replace(part, path)
     barrier()
     codes = np.load(path, mmap_mode="r")
     if codes.shape != shape or codes.dtype != np.uint16:
@@ -488,8 +492,8 @@ class Images:
 
     def held_out(self):
         """The held-out images (m, 3, size, size), uint8, and their labels (m,)."""
-        if self.train == len(self.labels):
-            raise ValueError("--data: nothing is held out of fewer than 20 pictures")
+        if len(self.labels) - self.train < 2:
+            raise ValueError("--data: it takes 40 pictures to hold some out")
         numbers = range(self.train, len(self.labels))
         return crop(self.read(numbers), self.size), self.labels[self.train:]
 
@@ -769,27 +773,29 @@ def fill_options(args, dtype):
         if os.path.exists(path):
             options = ckgen.read(path)["options"]
             for key, value in given.items():
-                if value != options[key]:
+                if value != options.get(key):
                     raise ValueError(f"{args.out} holds a run with --{key.replace('_', '-')} "
-                                     f"{options[key]}; remove it, or name another --out")
+                                     f"{options.get(key)}; remove it, or name another --out")
             return options
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
     if args.tokenizer and not args.data:
         raise ValueError("--tokenizer needs --data")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
     options |= {"config": config, "scale": "2", "coarse": 0, "seed": 0}
-    if args.tokenizer:  # with its own codes, for the paper's epochs, see `train`
-        options |= {"image_size": 256, "codes": None, "iters": None}
+    if args.tokenizer:  # for the paper's epochs, see `train`
+        options |= {"image_size": 256, "iters": None}
+    if args.tokenizer or args.init:
+        options["codes"] = None  # its own
     options |= given
-    if options["coarse"] > (options["codes"] or 65535):
-        raise ValueError(f"--coarse {options['coarse']}: more than --codes {options['codes']}")
+    if options["init"] and ckgen.load(options["init"])[0].config.clusters != options["coarse"]:
+        raise ValueError(f"--init {options['init']}: of another --coarse")
     return options
 
 
 def make_run(args, options, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
-    run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
-                             dtype=dtype, out=args.out)
+    run = argparse.Namespace(**{"coarse": 0} | RECIPES[options["config"]] | options,
+                             options=options, device=device, dtype=dtype, out=args.out)
     if run.data and run.config != "tiny":
         run.defaults = {"steps": args.steps or 4, "cfg": 1.5, "temperature": 1.0}
     else:  # more guidance mixes the colours of toy shapes
@@ -837,11 +843,14 @@ def train(args):
         run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
     path = f"{run.out}/tokenizer.pt"
-    given = path if os.path.exists(path) else run.tokenizer
-    stride = ckgen.load_tokenizer(given).config.stride if given else TokenizerConfig.stride
-    if run.image_size % stride or run.batch_size % WORLD:
-        raise ValueError(f"--image-size must be a multiple of {stride}, --batch-size of {WORLD}")
-    run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
+    given = path if os.path.exists(path) else run.tokenizer or run.init
+    config = ckgen.load_tokenizer(given).config if given else TokenizerConfig(codes=run.codes)
+    if run.image_size % config.stride or run.batch_size % WORLD:
+        raise ValueError(f"--image-size must be a multiple of {config.stride}, --batch-size of "
+                         f"{WORLD}")
+    if run.coarse > (run.codes or config.codes):
+        raise ValueError(f"--coarse {run.coarse}: more than there are codes")
+    run.sizes = ckgen.scale_sizes(run.image_size // config.stride, SCALES[run.scale])
     if RANK == 0:
         print(f"{run.out}: {images.train} images of {len(images.classes)} classes, config "
               f"{run.config}, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
@@ -876,7 +885,7 @@ def main(arguments=None):
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer for 256-pixel pictures, such as "
-        "LlamaGen's vq_ds16_c2i.pt (default: train a small one)")
+        "LlamaGen's vq_ds16_c2i.pt (default: that of --init, or train a small one)")
     add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: tiny "
         "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
     add("--coarse", type=within(int, 1, 65535), metavar="K", help="coarse to fine: draw a cluster "
