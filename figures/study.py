@@ -2,8 +2,8 @@
 
     python figures/study.py coarse     coarse to fine against plain: figures/coarse.csv, coarse.png
 
-That trains nine models, which takes an hour and a half on 2 CPU cores. They are kept in runs/study:
-the same command goes on where it was stopped, and measures again what is trained.
+That trains nine models, which takes about an hour on 2 CPU cores. They are kept in runs/study: the
+same command goes on where it was stopped, and measures again what is trained.
 """
 
 import argparse
