@@ -185,6 +185,7 @@ def test_clusters_are_the_same_for_a_seed_and_never_empty():
 @torch.no_grad()
 def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
     _, layout, codes, labels, codebook = example()
+    none = labels * 0 + 3
     for K in (5, 17):
         model = CoarseToFine(Config(SIZES, 3, 17, 8, 32, 3, 2, 48, clusters=K))
         for parameter in model.parameters():
@@ -202,6 +203,9 @@ def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
             drawn = model.sample(labels, layout, **options)
             expected = sample(model.coarse, model.centroids, labels, layout, **options)
             assert equal(model.cluster[drawn], expected), (K, cfg)
+            cond, uncond = (model.refine(expected, y, layout).clamp(-1e6) for y in (labels, none))
+            guided = cond + cfg * (cond - uncond)
+            assert equal(drawn[:, layout.cell[1:]], guided.argmax(-1)), (K, cfg)
 
 
 @torch.no_grad()
@@ -839,6 +843,11 @@ def test_the_commands_on_a_card(card, native, tmp_path, monkeypatch, capsys):
         assert dtypes == {dtype}
         model, *_ = ckgen.load("run/checkpoint.pt", "cuda:0", dtype)
         assert model.norm.weight.dtype == model.lm_head.weight.dtype == float32
+
+
+def test_coarse_to_fine_trains_and_draws_on_a_card(card, tmp_path):
+    train_tiny.main(f"--config tiny --out {tmp_path} --iters 2 --coarse 4".split())
+    assert (tmp_path / "progress.gif").exists()
 
 
 def test_the_parts_of_a_batch_fit_into_the_memory_of_the_card(card):
