@@ -462,17 +462,18 @@ class Images:
 
     def read(self, numbers):
         """Pictures (k, 3, side, side), uint8."""
-        with ThreadPoolExecutor() as pool:
-            pictures = list(pool.map(self.read_one, numbers))
+        if self.paths is None:
+            pictures = [np.array(draw_shape(number, self.side)) for number in numbers]
+        else:
+            with ThreadPoolExecutor() as pool:
+                pictures = list(pool.map(self.read_one, numbers))
         if len(self.unreadable) > 0.01 * len(self.labels):
             raise ValueError(f"--data: more than 1 % of the files are unreadable, "
                              f"{min(self.unreadable)} for one")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
-        """A picture (side, side, 3). An unreadable file is reported and replaced by black."""
-        if self.paths is None:
-            return np.array(draw_shape(number, self.side))
+        """A file as (side, side, 3). An unreadable one is reported and replaced by black."""
         path = self.paths[number]
         try:
             return np.array(read_picture(path, self.side))
