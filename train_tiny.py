@@ -826,7 +826,8 @@ def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
     source = os.path.basename(os.path.abspath(args.data)) if args.data else "toy"
-    args.out = args.out or f"runs/{source}-{args.scale or 2}x"
+    stages = "-coarse" if args.coarse else ""
+    args.out = args.out or f"runs/{source}-{args.scale or 2}x{stages}"
     locked = lock(args.out)
     options = [fill_options(args, dtype) if RANK == 0 else None]
     if WORLD > 1:
@@ -882,7 +883,7 @@ def main(arguments=None):
     add("--steps", type=within(int, 1), metavar="P",
         help="steps for each scale when drawing (default: 4); training draws P at random")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
-    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x[-coarse])")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer for 256-pixel pictures, such as "
