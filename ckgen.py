@@ -12,6 +12,7 @@ draws block b_i, a set of cells that are spread evenly over the map, all at once
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3, Eq. 1       z_up, inputs, AdaLN, loss      upsample, Checkerboard, loss_by_scale
     Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
+    arXiv:2503.16194           coarse to fine                 cluster_codebook, CoarseToFine
     Fig. 1                     what each step adds            progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
@@ -419,7 +420,8 @@ class Checkerboard(nn.Module):
         """Eq. 1, its parts in the released order: the input tokens start ... end-1, (B, T, D), of
         the pyramids latents and z_up, (B, L, C), read at b_{i-1} and at b_i."""
         cell, before = layout.cell[start:end], layout.before[start:end]
-        B, pos = len(latents), self.embed_positions.weight               # pos (L, D)
+        B = len(latents)
+        pos = self.embed_positions.weight                                # (L, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))      # (B, T, D)
         # The index EMPTY reads the last cell; torch.where puts the learned constants in its place.
         first_block = (before == EMPTY)[:, None]                         # (T, 1)
@@ -573,8 +575,9 @@ class CoarseToFine(nn.Module):
         """Training on codes (B, L). z_up is made of `noisy` codes. Returns for each stage its
         logits (B, L, K or V), in layout order, and its targets (B, L)."""
         clusters = self.cluster[codes]
-        z, noisy = self.centroids[clusters], self.centroids[self.cluster[noisy]]
-        coarse_logits = self.coarse(z, labels, layout, noisy)
+        z = self.centroids[clusters]
+        noisy_z = self.centroids[self.cluster[noisy]]
+        coarse_logits = self.coarse(z, labels, layout, noisy_z)
         fine_logits = self.refine(clusters, labels, layout)
         return (coarse_logits, clusters), (fine_logits, codes)
 
@@ -1022,14 +1025,15 @@ def sample_to_file(args):
             return picture_grid(np.split(pictures, range(8, n, 8)))
         return picture_grid([pictures[i::k] for i in range(k)], [names[i] for i in chosen])
 
-    pictures = decode_scale(tokenizer, codes, layout)
     if kind == ".gif":
         frames = [arrange(frame) for frame in progress_frames(model, tokenizer, codes, layout)]
         write_whole(args.out, lambda file: save_gif(frames, file))
-    elif kind == ".npz":
-        write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
     else:
-        write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
+        pictures = decode_scale(tokenizer, codes, layout)
+        if kind == ".npz":
+            write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
+        else:
+            write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
     said = ", ".join(f"{key} {value:g}" for key, value in options.items())
     print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {said}")
 

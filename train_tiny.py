@@ -258,7 +258,8 @@ def parts_that_fit(run, config):
     batch = run.batch_size // WORLD
     if run.device.type != "cuda":
         return 1
-    models, size = 2 if run.coarse else 1, 4 if run.dtype == torch.float32 else 2
+    models = 2 if run.coarse else 1
+    size = 4 if run.dtype == torch.float32 else 2
     token = size * models * (36 * run.layers * run.width + 9 * config.codes)
     weights = 16 * models * run.layers * run.width * (8 * run.width + 3 * run.ffn)
     room = 0.8 * torch.cuda.mem_get_info(run.device)[1] - weights
@@ -269,13 +270,13 @@ def parts_that_fit(run, config):
 
 
 @torch.no_grad()
-def held_out_loss(run, model, codebook, codes, labels, layout):
+def held_out_loss(model, codebook, codes, labels, layout):
     """Mean cross-entropy over images of codes (n, L): for each stage a row, of all tokens, then of
     each scale."""
     total = 0
     for x, y in zip(codes.split(64), labels.split(64)):
-        x, y = x.to(run.device), y.to(run.device)
-        if run.coarse:
+        x, y = x.to(codebook.device), y.to(codebook.device)
+        if model.config.clusters:
             stages = model(x, y, layout, x)
         else:
             stages = [(model(codebook[x], y, layout), x)]
@@ -320,7 +321,8 @@ def draw_pictures(run, model, tokenizer):
 
 def make_tokenizer(run, images):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
-    path, given = f"{run.out}/tokenizer.pt", run.tokenizer or run.init
+    path = f"{run.out}/tokenizer.pt"
+    given = run.tokenizer or run.init
     if RANK == 0 and not os.path.exists(path):
         torch.manual_seed(run.seed)
         if given:
@@ -631,6 +633,20 @@ def two_colours(images):
     return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
 
 
+def accuracy_and_distance(classifier, reference, pictures, labels):
+    """Share of the pictures (n, 3, h, h), uint8, that the classifier takes for their labels (n,),
+    and their Frechet distance to the reference, features of real images."""
+    f = features(classifier, pictures)
+    right = classifier.head(f.to(classifier.head.weight.device)).argmax(-1).cpu() == labels
+    return right.double().mean().item(), frechet_distance(f, reference)
+
+
+def decibels(pictures, real):
+    """Peak signal-to-noise ratio of pictures, both (n, 3, h, h), uint8."""
+    error = (pictures.float() - real).square().mean().item()
+    return 10 * math.log10(255 ** 2 / error)
+
+
 def decode(tokenizer, codes, layout):
     """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
     return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
@@ -653,13 +669,13 @@ def evaluate(args):
     run.sizes = model.config.sizes
     codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), run.sizes)
                        for part in real.split(64)])
-    error = (decode(tokenizer, codes, Layout(run.sizes, 1)).float() - real).square().mean().item()
-    print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(real)} held-out images, "
+    decoded = decode(tokenizer, codes, Layout(run.sizes, 1))
+    print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {tokenizer.config.codes} codes in use")
     print("held-out loss, nats a token: all, then maps", *run.sizes)
     for P in sorted({1, 2, 3, 4, 8, 16, run.defaults["steps"]}):
         layout = Layout(run.sizes, P, device)
-        losses = held_out_loss(run, model, tokenizer.codebook(), codes, labels, layout)
+        losses = held_out_loss(model, tokenizer.codebook(), codes, labels, layout)
         print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses.sum(0)), end="")
         print("   = {:.3f} + {:.3f} (coarse + fine)".format(*losses[:, 0]) if run.coarse else "")
 
@@ -674,11 +690,10 @@ def evaluate(args):
           f"{run.defaults}; Frechet distance to {len(some)} images")
     for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
                                   ("held out", real, labels)):
-        f = features(classifier, pictures)
-        right = classifier.head(f.to(device)).argmax(-1).cpu() == truth
+        accuracy, distance = accuracy_and_distance(classifier, reference, pictures, truth)
         mixed = f", two colours {two_colours(pictures):.1%}" if run.data is None else ""
-        print(f"  {len(pictures)} {name}: class accuracy {right.double().mean():.3f}, "
-              f"Frechet distance {frechet_distance(f, reference):.2f}{mixed}")
+        print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
+              f"Frechet distance {distance:.2f}{mixed}")
 
 
 # 6. Speed -----------------------------------------------------------------------------------------
@@ -795,8 +810,9 @@ def fill_options(args, dtype):
 
 def make_run(args, options, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
-    run = argparse.Namespace(**{"coarse": 0} | RECIPES[options["config"]] | options,
-                             options=options, device=device, dtype=dtype, out=args.out)
+    options.setdefault("coarse", 0)  # a run that began before there was --coarse
+    run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
+                             dtype=dtype, out=args.out)
     if run.data and run.config != "tiny":
         run.defaults = {"steps": args.steps or 4, "cfg": 1.5, "temperature": 1.0}
     else:  # more guidance mixes the colours of toy shapes

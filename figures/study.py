@@ -8,7 +8,7 @@ same command goes on where it was stopped, and measures again what is trained.
 
 import argparse
 import csv
-import math
+import io
 import os
 import sys
 import time
@@ -44,22 +44,18 @@ class Judge:
             codes = ckgen.generate(model, tokenizer, wanted, layout, seed, **options)
             seconds = time.monotonic() - start
             pictures = train_tiny.decode(tokenizer, codes, layout)
-            features = train_tiny.features(self.classifier, pictures)
-            right = self.classifier.head(features).argmax(-1) == wanted
-            rows.append([right.double().mean().item(),
-                         train_tiny.frechet_distance(features, self.reference),
-                         train_tiny.two_colours(pictures), seconds])
+            scores = train_tiny.accuracy_and_distance(self.classifier, self.reference, pictures,
+                                                      wanted)
+            rows.append([*scores, train_tiny.two_colours(pictures), seconds])
         accuracy, distance, mixed, milliseconds = np.mean(rows, 0)
         return {"accuracy": accuracy, "distance": distance, "two colours": mixed,
                 "ms an image": milliseconds}
 
     def nats(self, model, tokenizer, layout):
         """Held-out nats a token of all tokens, by stages, and of the finest map."""
-        run = argparse.Namespace(device=CPU, coarse=model.config.clusters)
         codes = tokenizer.encode_pyramid(train_tiny.as_input(self.held_out), layout.sizes)
-        losses = train_tiny.held_out_loss(run, model, tokenizer.codebook(), codes, self.labels,
-                                          layout)
-        fine = losses[1, 0].item() if run.coarse else 0
+        losses = train_tiny.held_out_loss(model, tokenizer.codebook(), codes, self.labels, layout)
+        fine = losses[1, 0].item() if model.config.clusters else 0
         return {"nats": losses[:, 0].sum().item(), "of them fine": fine,
                 "nats finest map": losses[:, -1].sum().item()}
 
@@ -73,13 +69,14 @@ def trained(name, *options):
 
 def write_csv(name, rows):
     """Write figures/name from dictionaries with the same keys, and print it."""
-    with open(os.path.join(HOME, "figures", name), "w", newline="") as file:
-        for out in (file, sys.stdout):
-            writer = csv.DictWriter(out, rows[0], lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({key: x if isinstance(x, int) else f"{x:.4g}"
-                                 for key, x in row.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: x if isinstance(x, int) else f"{x:.4g}" for key, x in row.items()})
+    ckgen.write_whole(os.path.join(HOME, "figures", name),
+                      lambda file: file.write(text.getvalue().encode()))
+    print(text.getvalue(), end="")
 
 
 def coarse():
@@ -108,8 +105,7 @@ def redundancy(images, tokenizer, layout):
             decoded = [ckgen.to_uint8(tokenizer.decode(ckgen.as_map(part)))
                        for part in latents.split(64)]
         shown.append(torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2))
-        error = (shown[-1].float() - images).square().mean().item()
-        names.append(f"{name} {10 * math.log10(255 ** 2 / error):.1f} dB")
+        names.append(f"{name} {train_tiny.decibels(shown[-1], images):.1f} dB")
 
     show("decoded,", codebook[codes])
     torch.manual_seed(0)
@@ -123,7 +119,9 @@ def redundancy(images, tokenizer, layout):
             show(f"centroid of {K},", centroids[cluster][codes])
     print(*names, sep="\n")
     rows = [pictures[:8].permute(0, 2, 3, 1).numpy() for pictures in shown]
-    ckgen.picture_grid(rows, names).save(os.path.join(HOME, "figures", "coarse.png"))
+    grid = ckgen.picture_grid(rows, names)
+    ckgen.write_whole(os.path.join(HOME, "figures", "coarse.png"),
+                      lambda file: grid.save(file, "PNG"))
 
 
 STUDIES = {"coarse": coarse}
