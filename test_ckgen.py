@@ -492,6 +492,14 @@ def test_init_takes_weights_and_tokenizer_of_a_model_of_another_scale(coarse_to_
     assert not differences(old["tokenizer"], new["tokenizer"])
 
 
+def test_toy_runs_can_share_a_tokenizer(finished, tmp_path):
+    source = finished / "tokenizer.pt"
+    train("--out", tmp_path, "--tokenizer", source, "--scale", 4, "--iters", 1)
+    old, new = (ckgen.read(path) for path in (source, tmp_path / "checkpoint.pt"))
+    assert old["options"]["image_size"] == new["options"]["image_size"], new["options"]
+    assert not differences(old["tokenizer"], new["tokenizer"])
+
+
 def test_codes_belong_to_their_tokenizer(finished, tmp_path):
     train("--out", tmp_path, "--seed", 1)
     for path in tmp_path.glob("*.pt"):
@@ -687,7 +695,6 @@ del state["tokenizer"] | ckgen ok.pt | ok.pt: damaged
 | ckgen ok.pt --out no/x.png | no/x.png
 | train --image-size 30 | multiple of 4
 | train --data hollow | hollow: needs folders
-| train --tokenizer ok.pt | --tokenizer needs --data
 | train --coarse 17 | --coarse 17: more than there are codes
 del state["options"] | train --evaluate ok.pt | not a checkpoint of this program
 | train --evaluate ok.pt --data full | other classes

@@ -794,11 +794,9 @@ def fill_options(args, dtype):
                                      f"{options.get(key)}; remove it, or name another --out")
             return options
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
-    if args.tokenizer and not args.data:
-        raise ValueError("--tokenizer needs --data")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
     options |= {"config": config, "scale": "2", "coarse": 0, "seed": 0}
-    if args.tokenizer:  # for the paper's epochs, see `train`
+    if args.tokenizer and args.data:  # for the paper's epochs, see `train`
         options |= {"image_size": 256, "iters": None}
     if args.tokenizer or args.init:
         options["codes"] = None  # its own
@@ -902,17 +900,18 @@ def main(arguments=None):
     add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x[-coarse])")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
-    add("--tokenizer", metavar="FILE", help="a trained tokenizer for 256-pixel pictures, such as "
-        "LlamaGen's vq_ds16_c2i.pt (default: that of --init, or train a small one)")
+    add("--tokenizer", metavar="FILE", help="a trained tokenizer: of another run, or LlamaGen's "
+        "vq_ds16_c2i.pt for 256-pixel pictures (default: that of --init, or train a small one)")
     add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: tiny "
         "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
     add("--coarse", type=within(int, 1, 65535), metavar="K", help="coarse to fine: draw a cluster "
         "of codes for each cell, out of K, then all codes in one pass (arXiv:2503.16194)")
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
-        help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer)")
+        help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer and --data)")
     add("--iters", type=within(int, 1), help="steps of training; the tokenizer's follow "
-        "in proportion (default: tiny 1150, S 6000, L 12000; with --tokenizer the paper's epochs)")
+        "in proportion (default: tiny 1150, S 6000, L 12000; with --tokenizer and --data the "
+        "paper's epochs)")
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
