@@ -1,9 +1,9 @@
 """The paper's claims, seen on toy shapes: trains small models, measures them, draws the figures.
 
-    python figures/study.py            all claims, with two training seeds: 2 to 3 hours on 2 cores
+    python figures/study.py            all claims, two training seeds: 2 to 3 hours on 2 CPU cores
     python figures/study.py order      one of: scan, idea, steps, entropy, mixing, guidance, order
     python figures/study.py coarse     coarse to fine against plain, nine models more: an hour
-    python figures/study.py --quick    all claims, hardly trained: a test of this file, 10 minutes
+    python figures/study.py --quick    all claims, hardly trained: a test of this file, 3 minutes
 
 Models are kept in runs/study, measurements in figures/study.csv: the same command goes on where it
 was stopped, and what is there is not done again. Remove both to begin anew. A row of study.csv is
@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 import ckgen
 import train_tiny
 
-CPU = torch.device("cpu")
+DEVICE, _ = ckgen.find_device()
 
 
 def raster(size):
@@ -63,6 +63,11 @@ class Model(NamedTuple):
 
 FIRST = Model("2")  # whose tokenizer all models have
 KEY = (*Model._fields, "P", "cfg", "cfg_start")  # columns that tell rows of study.csv apart
+
+
+def encode(tokenizer, pictures, layout):
+    """Codes (n, L) of uint8 pictures."""
+    return tokenizer.encode_pyramid(train_tiny.as_input(pictures).to(DEVICE), layout.sizes)
 
 
 def summary(values):
@@ -99,9 +104,9 @@ class Study:
     def train(self, name, *options):
         """(network, tokenizer) that train_tiny.py trains with these options."""
         out = f"{self.folder}/{name}"
-        train_tiny.main(["--config", "tiny", "--device", "cpu", "--iters", str(self.iters),
+        train_tiny.main(["--config", "tiny", "--device", str(DEVICE), "--iters", str(self.iters),
                          "--out", out, *options])
-        return ckgen.load(f"{out}/checkpoint.pt")[:2]
+        return ckgen.load(f"{out}/checkpoint.pt", DEVICE)[:2]
 
     @functools.cache
     def load(self, model):
@@ -119,14 +124,15 @@ class Study:
     def layout(self, model, P):
         """The Layout of a Model."""
         with mock.patch.object(ckgen, "progressive_checkerboard", ORDERS[model.order]):
-            return ckgen.Layout(ckgen.scale_sizes(8, train_tiny.SCALES[model.scale]), P)
+            sizes = ckgen.scale_sizes(8, train_tiny.SCALES[model.scale])
+            return ckgen.Layout(sizes, P, DEVICE)
 
     # Measurements
 
     @functools.cached_property
     def classifier(self):
         """What judges pictures."""
-        return train_tiny.train_classifier(self.images, CPU, self.iters)
+        return train_tiny.train_classifier(self.images, DEVICE, self.iters)
 
     @functools.cached_property
     def reference(self):
@@ -150,14 +156,14 @@ class Study:
         """The mean judgement of samples from each sampling seed."""
         labels, found = torch.arange(self.n) % 8, []
         for seed in self.sampling:
-            codes = ckgen.generate(network, tokenizer, labels, layout, seed, **options)
+            codes = ckgen.generate(network, tokenizer, labels.to(DEVICE), layout, seed, **options)
             found.append(self.judge(train_tiny.decode(tokenizer, codes, layout), labels))
         return {name: np.mean([scores[name] for scores in found]) for name in found[0]}
 
     @functools.cache
     def losses(self, network, tokenizer, layout):
         """Held-out nats a token, as train_tiny.held_out_loss returns them."""
-        codes = tokenizer.encode_pyramid(train_tiny.as_input(self.held_out), layout.sizes)
+        codes = encode(tokenizer, self.held_out, layout)
         return train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels, layout)
 
     def measure(self, quantity, model, P, cfg=0.0, cfg_start=0):
@@ -177,7 +183,7 @@ class Study:
         if keys[0] not in self.rows:
             tokenizer, layout = self.load(FIRST)[1], self.layout(FIRST, 1)
             real, labels = self.held_out[:self.n], self.labels[:self.n]
-            codes = tokenizer.encode_pyramid(train_tiny.as_input(real), layout.sizes)
+            codes = encode(tokenizer, real, layout)
             for key, pictures in zip(keys, (real, train_tiny.decode(tokenizer, codes, layout))):
                 self.keep(key, self.judge(pictures, labels))
         return [float(self.rows[key][quantity]) for key in keys]
@@ -216,7 +222,7 @@ class Study:
         rows, names = [], []
         for text, model, P in settings:
             (network, tokenizer), layout = self.load(model), self.layout(model, P)
-            codes = ckgen.generate(network, tokenizer, torch.arange(8), layout)
+            codes = ckgen.generate(network, tokenizer, torch.arange(8, device=DEVICE), layout)
             rows.append(ckgen.decode_scale(tokenizer, codes, layout))
             names.append(f"{text}, steps: {len(layout.steps)}")
         self.save(name, ckgen.picture_grid(rows, names))
@@ -326,10 +332,12 @@ def entropy(study):
         lines = {}
         for scale in ("2", "4", "1"):
             (network, tokenizer), layout = study.load(Model(scale)), study.layout(Model(scale), P)
+            labels = torch.arange(study.n, device=DEVICE) % 8
             torch.manual_seed(0)
-            codes, nats = ckgen.sample(network, tokenizer.codebook(), torch.arange(study.n) % 8,
-                                       layout, return_entropy=True)
-            of_steps = [nats[:, layout.cell[start:end]] for _, start, end in layout.steps]
+            codes, nats = ckgen.sample(network, tokenizer.codebook(), labels, layout,
+                                       return_entropy=True)
+            nats = nats.cpu()
+            of_steps = [nats[:, layout.cell[start:end].cpu()] for _, start, end in layout.steps]
             lines[SCALES[scale]] = [(t, values.mean().item(), *np.quantile(values, (0.25, 0.75)))
                                     for t, values in enumerate(of_steps, 1)]
             if P == 4:
@@ -375,22 +383,22 @@ def order(study):
             lines = {}
             for name in ORDERS:
                 lines[name] = [(P, *study.of_seeds(quantity, Model(scale, name), P)) for P in STEPS]
-            plots.append(plot(f"{SCALES[scale]}: {title(study, quantity)}", "steps per scale", lines,
-                              log_y=quantity == "distance"))
+            text = f"{SCALES[scale]}: {title(study, quantity)}"
+            plots.append(plot(text, "steps per scale", lines, log_y=quantity == "distance"))
     study.save_plots("order.png", plots[:2], plots[2:])
     study.save_samples("order_samples.png", [(name, Model("1", name), 8) for name in ORDERS])
 
 
 def coarse(study):
     """Coarse to fine against plain, on the same codes and in as many steps."""
-    rows, layout = [], ckgen.Layout((1, 2, 4, 8), 4)
+    rows, layout = [], ckgen.Layout((1, 2, 4, 8), 4, DEVICE)
     for V, K in ((256, 0), (256, 64), (1024, 0), (1024, 64), (1024, 256), (4096, 0), (4096, 64),
                  (4096, 256), (4096, 1024)):
         options = ["--codes", str(V)] + (["--coarse", str(K)] if K else [])
         network, tokenizer = study.train(f"coarse-{V}-{K}", *options)
         nats = study.losses(network, tokenizer, layout)
         start = time.monotonic()
-        ckgen.generate(network, tokenizer, torch.arange(1000) % 8, layout, cfg=0.5)
+        ckgen.generate(network, tokenizer, torch.arange(1000, device=DEVICE) % 8, layout, cfg=0.5)
         seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
         scores = study.samples(network, tokenizer, layout, cfg=0.5, temperature=0.5)
         rows.append(four_digits({
@@ -404,14 +412,14 @@ def coarse(study):
 def redundancy(study, tokenizer, layout):
     """figures/coarse.png: held-out pictures whose codes are replaced by random ones of the same
     cluster, by the clusters' centroids, by any codes; and how far all of them move, in dB."""
-    codebook, images = tokenizer.codebook(), study.held_out
+    codebook, images = tokenizer.codebook().cpu(), study.held_out
     shown, names = [images], ["real"]
-    codes = tokenizer.encode_pyramid(train_tiny.as_input(images), layout.sizes)
-    codes = codes[:, layout.scales[-1]]                                     # (n, N*N)
+    codes = encode(tokenizer, images, layout)
+    codes = codes[:, layout.scales[-1]].cpu()                               # (n, N*N)
 
     def show(name, latents):
         with torch.no_grad():
-            decoded = [ckgen.to_uint8(tokenizer.decode(ckgen.as_map(part)))
+            decoded = [ckgen.to_uint8(tokenizer.decode(ckgen.as_map(part).to(DEVICE)))
                        for part in latents.split(64)]
         shown.append(torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2))
         names.append(f"{name} {train_tiny.decibels(shown[-1], images):.1f} dB")
