@@ -8,7 +8,7 @@
 Models are kept in runs/study, measurements in figures/study.csv: the same command goes on where it
 was stopped, and what is there is not done again. Remove both to begin anew. A row of study.csv is
 the mean of three times 1000 images, drawn at temperature 1. All models have the tokenizer of the
-first, the README's default run. Bars in the plots reach from the lower to the higher training seed.
+first, the README's default run. Bars in plots show both training seeds; in entropy.png, quartiles.
 """
 
 import argparse
