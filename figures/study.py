@@ -441,13 +441,9 @@ def redundancy(study, tokenizer, layout):
 
 CLAIMS = {claim.__name__: claim for claim in (scan, idea, steps, entropy, mixing, guidance, order)}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claim", nargs="?", choices=[*CLAIMS, "coarse"],
-                        help="(default: all but coarse)")
-    parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick")
-    args = parser.parse_args()
+
+def main(args):
+    """Do one claim or all."""
     print(__doc__)
     study = Study(args.quick)
     if args.claim == "coarse":
@@ -455,3 +451,11 @@ if __name__ == "__main__":
     else:
         for claim in [args.claim] if args.claim else CLAIMS:
             CLAIMS[claim](study)
+
+
+if __name__ == "__main__":
+    parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claim", nargs="?", choices=[*CLAIMS, "coarse"],
+                        help="(default: all but coarse)")
+    parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick")
+    parser.run(main, parser.parse_args())
