@@ -633,10 +633,9 @@ def two_colours(images):
     return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
 
 
-def accuracy_and_distance(classifier, reference, pictures, labels):
-    """Share of the pictures (n, 3, h, h), uint8, that the classifier takes for their labels (n,),
-    and their Frechet distance to the reference, features of real images."""
-    f = features(classifier, pictures)
+def accuracy_and_distance(classifier, reference, f, labels):
+    """Share of pictures with features f (n, 128) that the classifier takes for their labels (n,),
+    and the Frechet distance of f to the reference, features of real images."""
     right = classifier.head(f.to(classifier.head.weight.device)).argmax(-1).cpu() == labels
     return right.double().mean().item(), frechet_distance(f, reference)
 
@@ -690,7 +689,8 @@ def evaluate(args):
           f"{run.defaults}; Frechet distance to {len(some)} images")
     for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
                                   ("held out", real, labels)):
-        accuracy, distance = accuracy_and_distance(classifier, reference, pictures, truth)
+        f = features(classifier, pictures)
+        accuracy, distance = accuracy_and_distance(classifier, reference, f, truth)
         mixed = f", two colours {two_colours(pictures):.1%}" if run.data is None else ""
         print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
               f"Frechet distance {distance:.2f}{mixed}")

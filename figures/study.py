@@ -145,9 +145,10 @@ class Study:
         def spread(features, labels):
             return sum(features[labels == k].var(0).sum().item() for k in range(8))
 
-        accuracy, distance = train_tiny.accuracy_and_distance(self.classifier, self.reference,
-                                                              pictures, labels)
-        inner = spread(train_tiny.features(self.classifier, pictures), labels)
+        f = train_tiny.features(self.classifier, pictures)
+        accuracy, distance = train_tiny.accuracy_and_distance(self.classifier, self.reference, f,
+                                                              labels)
+        inner = spread(f, labels)
         real = spread(self.reference, self.images.labels[:10000])
         return {"accuracy": accuracy, "distance": distance,
                 "two colours": train_tiny.two_colours(pictures), "spread": inner / real}
