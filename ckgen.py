@@ -12,7 +12,6 @@ draws block b_i, a set of cells that are spread evenly over the map, all at once
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3, Eq. 1       z_up, inputs, AdaLN, loss      upsample, Checkerboard, loss_by_scale
     Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
-    arXiv:2503.16194           coarse to fine                 cluster_codebook, CoarseToFine
     Fig. 1                     what each step adds            progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
@@ -36,7 +35,7 @@ import os
 import signal
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback while torch loads
@@ -251,7 +250,6 @@ class Config:
     heads: int = 4          # H
     ffn: int = 384          # three times the width, as released
     mixing_layers: int = 2  # RoPE mixing in the first layers only (it gains nothing, Sec. 4.4)
-    clusters: int = 0       # K, if coarse to fine
 
     @property
     def length(self):
@@ -524,90 +522,12 @@ def generate(model, tokenizer, labels, layout, seed=0, **options):
     """Sample for any number of labels (n,) with the options of `sample`: codes (n, L). A batch of
     64 takes 4 GB of a GPU with the L model."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
-    codes = []
-    for part in tqdm(labels.split(64), "sampling", unit="batch", leave=False):
-        if isinstance(model, CoarseToFine):
-            codes.append(model.sample(part, layout, **options))
-        else:
-            codes.append(sample(model, tokenizer.codebook(), part, layout, **options))
-    return torch.cat(codes)
+    codebook = tokenizer.codebook()
+    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
+    return torch.cat([sample(model, codebook, part, layout, **options) for part in parts])
 
 
-# 7. Coarse to fine (Guo, Zhang, Shieh 2025, arXiv:2503.16194) -------------------------------------
-#
-# Codes whose vectors lie close decode alike. k-means puts the V codes into K clusters, the coarse
-# labels. Stage 1 samples the clusters of all cells as above, and sees centroids instead of codes.
-# Stage 2, as large a model, then samples all codes at once, each within its cluster. As a code has
-# one cluster, log p(codes) = log p(clusters) + log p(codes | clusters): both are trained, on true
-# clusters, and their losses add up. If K = V, stage 2 has nothing to choose.
-
-def cluster_codebook(codebook, K, seed=0, rounds=100):
-    """k-means of a codebook (V, C): the cluster (V,) of each code, and the K clusters' centroids
-    (K, C), of unit length like the codes. No cluster is empty. Raises ValueError if K > V."""
-    if K > len(codebook):
-        raise ValueError(f"{K} clusters need more than {len(codebook)} codes")
-    generator = torch.Generator().manual_seed(seed)
-    centroids = codebook[torch.randperm(len(codebook), generator=generator)[:K]]
-    for _ in range(rounds):
-        nearness, cluster = (codebook @ centroids.T).max(-1)             # (V,)
-        for k in range(K):
-            count = cluster.bincount(minlength=K)
-            if count[k] == 0:  # take the code farthest from its centroid that is not alone there
-                alone = count[cluster] == 1
-                cluster[nearness.masked_fill(alone, math.inf).argmin()] = k
-        sums = torch.zeros_like(centroids).index_add_(0, cluster, codebook)
-        centroids = F.normalize(sums, dim=-1)
-    return cluster, centroids
-
-
-class CoarseToFine(nn.Module):
-    """Both stages, two Checkerboards: config.codes is V and config.clusters is K."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.coarse = Checkerboard(replace(config, codes=config.clusters))
-        self.fine = Checkerboard(config)
-        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))        # (V,)
-        self.register_buffer("centroids", torch.zeros(config.clusters, config.code_dim))    # (K, C)
-
-    def forward(self, codes, labels, layout, noisy):
-        """Training on codes (B, L). z_up is made of `noisy` codes. Returns for each stage its
-        logits (B, L, K or V), in layout order, and its targets (B, L)."""
-        clusters = self.cluster[codes]
-        z = self.centroids[clusters]
-        noisy_z = self.centroids[self.cluster[noisy]]
-        coarse_logits = self.coarse(z, labels, layout, noisy_z)
-        fine_logits = self.refine(clusters, labels, layout)
-        return (coarse_logits, clusters), (fine_logits, codes)
-
-    def refine(self, clusters, labels, layout):
-        """Stage 2: logits (B, L, V) in layout order, given all clusters (B, L). Tokens are as in
-        stage 1, but z_up holds the centroid of the cell itself, and there is no mask."""
-        class_token, modulations = self.fine.embed_class(labels)
-        z = self.centroids[clusters].to(class_token.dtype)               # (B, L, C)
-        tokens = self.fine.inputs(z, z, layout, 1, len(layout.cell))
-        x = torch.cat([class_token, tokens], 1)                          # (B, 1+L, D)
-        logits = self.fine.transform(x, modulations, self.fine.ropes(layout))[:, 1:]
-        outside = self.cluster != clusters[:, layout.cell[1:], None]     # (B, L, V)
-        return logits.masked_fill(outside, -math.inf)
-
-    @torch.no_grad()
-    def sample(self, labels, layout, cfg=0.0, temperature=1.0, generator=None, **options):
-        """Draw codes (B, L) for labels (B,), guided in both stages. options: cfg_start."""
-        clusters = sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
-                          temperature=temperature, generator=generator, **options)
-        logits = self.refine(clusters, labels, layout)
-        if cfg > 0:
-            uncond = self.refine(clusters, torch.full_like(labels, self.config.classes), layout)
-            guided = logits + cfg * (logits - uncond)                    # -inf - -inf is nan
-            logits = torch.where(logits.isinf(), logits, guided)
-        codes = torch.empty_like(clusters)
-        codes[:, layout.cell[1:]] = draw(logits, temperature, generator)
-        return codes
-
-
-# 8. Pictures (Fig. 1) -----------------------------------------------------------------------------
+# 7. Pictures (Fig. 1) -----------------------------------------------------------------------------
 
 def to_uint8(images):
     """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
@@ -627,26 +547,21 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
 
 
 @torch.no_grad()
-def progress_frames(model, tokenizer, codes, layout):
-    """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from finished codes (B, L).
-    Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps. The
-    steps of a CoarseToFine show centroids; one more frame shows the codes."""
-    latents = tokenizer.codebook()[codes]                                   # (B, L, C)
-    refined = []
-    if isinstance(model, CoarseToFine):
-        latents = model.centroids[model.cluster[codes]].float()
-        refined = [decode_scale(tokenizer, codes, layout)]
+def progress_frames(tokenizer, latents, layout):
+    """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from the latents (B, L, C)
+    of finished codes. Undrawn cells are grey; the decoder sees z_up in their place, and nothing of
+    later steps."""
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
-        drawn = torch.zeros(codes.shape[1], dtype=torch.bool, device=codes.device)
+        drawn = torch.zeros(latents.shape[1], dtype=torch.bool, device=latents.device)
         drawn[layout.cell[1:end]] = True
         z_up = upsample(latents, layout, scale)
         known = torch.where(drawn[at, None], latents[:, at], z_up)          # (B, n*n, C)
         image = F.interpolate(tokenizer.decode(as_map(known)), (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
-    return frames + refined
+    return frames
 
 
 def picture_grid(rows, names=()):
@@ -671,7 +586,7 @@ def save_gif(frames, file):
                    duration=[250] * (len(frames) - 1) + [2000])
 
 
-# A reader of the paper can stop here. The rest: VQGAN, CUDA graph, files, command line.
+# A reader of the paper can stop here. The rest: VQGAN, files, command line.
 
 # Appendix A. LlamaGen's VQGAN [36], the paper's tokenizer, under its released names ---------------
 
@@ -747,33 +662,7 @@ def vqgan(config):
     return nn.Sequential(encoder), nn.Sequential(decoder)
 
 
-# Appendix B. Sampling as one CUDA graph -----------------------------------------------------------
-
-class SamplerGraph:
-    """`sample`, with its options, as one CUDA graph on the current device: it launches thousands of
-    kernels at once, and draws what `sample` draws. All but the labels is fixed at its capture."""
-
-    def __init__(self, model, codebook, layout, batch, generator, **options):
-        self.reads = model, codebook, layout  # the graph holds nothing but addresses
-        self.labels = torch.zeros(batch, dtype=torch.long, device=codebook.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a first run sets the libraries up
-            sample(model, codebook, self.labels, layout, **options)
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph, stream=stream):
-            options["generator"] = generator
-            self.codes = sample(model, codebook, self.labels, layout, **options)
-
-    def __call__(self, labels):
-        """Codes (batch, L) for labels (batch,)."""
-        self.labels.copy_(labels)
-        self.graph.replay()
-        return self.codes.clone()
-
-
-# Appendix C. Files: dictionaries of tensors and plain values. Reading one runs no code from it. ---
+# Appendix B. Files: dictionaries of tensors and plain values. Reading one runs no code from it. ---
 
 def write_whole(path, save):
     """Write a file whole or not at all: save(open file) under another name, then rename."""
@@ -819,43 +708,24 @@ def load(path, device="cpu", dtype=torch.float32):
     with contents_of(path):
         if "options" in state:  # written by train_tiny.py
             config, weights = Config(**state["config"]), state["model"]
+            classes, defaults = state["classes"], state["defaults"]
         else:
             weights = our_names(state["model"], of_tokenizer=False)
             config = released_config(weights)
-            state["classes"] = [str(number) for number in range(config.classes)]
-            state["defaults"] = {"steps": 4, "cfg": 1.5, "temperature": 1.0}
-        kind = CoarseToFine if config.clusters else Checkerboard
-        model = for_sampling(build(kind, config, weights).to(device), dtype)
-        classes, defaults = state["classes"], state["defaults"]
-        Layout(config.sizes, defaults["steps"])
-        if [type(name) for name in classes] != [str] * config.classes:
-            raise ValueError("its class names do not fit")
-        if not all(0 <= defaults[key] < math.inf for key in ("cfg", "temperature")):
-            raise ValueError("its guidance or temperature is not a number from 0")
-        if config.clusters and model.cluster.unique().tolist() != [*range(config.clusters)]:
-            raise ValueError("its clusters do not fit")
+            classes = [str(number) for number in range(config.classes)]
+            defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}
+        model = build(Checkerboard, config, weights)
+    model = for_sampling(model.to(device), dtype)
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
 
 
 def for_sampling(model, dtype):
     """The model in this type, but final norm and lm_head in float32: guidance would multiply their
-    rounding errors. On a CPU, few rows go through W x^T: L takes a tenth less time at batch 1."""
+    rounding errors."""
     model.to(dtype)
-    for part in model.modules():
-        if isinstance(part, Checkerboard):
-            part.norm.float()
-            part.lm_head.float()
-        elif isinstance(part, nn.Linear) and part.bias is None and part.weight.is_cpu:
-            part.forward = functools.partial(few_rows, part.weight)
+    model.norm.float()
+    model.lm_head.float()
     return model
-
-
-def few_rows(weight, x):
-    """F.linear, by another route if x (B, T, D) has at most 64 rows."""
-    rows = x.flatten(0, -2)
-    if len(rows) > 64:
-        return F.linear(x, weight)
-    return (weight @ rows.T).T.unflatten(0, x.shape[:-1])
 
 
 def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
@@ -927,7 +797,7 @@ def released_tokenizer_config(tensors):
                            len(blocks) // len(channels))
 
 
-# Appendix D. Command line -------------------------------------------------------------------------
+# Appendix C. Command line -------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line of printable text."""
@@ -1000,14 +870,40 @@ def explain():
     print("\nNext: python train_tiny.py --scale 2 --steps 4")
 
 
+def kind_of_output(path):
+    """The extension of a file to be written, .png, .gif or .npz. Raises ValueError."""
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--out {path}: not a .png, .gif or .npz in a folder that exists")
+    return kind
+
+
+def save_pictures(path, frames, names):
+    """Write n pictures, of these classes in turn. frames holds them at each moment, (n, h, w, 3)
+    uint8: a .gif shows all of it, a .png or an .npz the last."""
+    kind, n, k = kind_of_output(path), len(frames[-1]), len(names)
+
+    def arrange(pictures):
+        if n == 1:
+            return Image.fromarray(pictures[0])
+        if k == 1:
+            return picture_grid(np.split(pictures, range(8, n, 8)))
+        return picture_grid([pictures[i::k] for i in range(k)], names)
+
+    if kind == ".npz":
+        save = functools.partial(np.savez, arr_0=frames[-1])
+    elif kind == ".gif":
+        save = functools.partial(save_gif, [arrange(pictures) for pictures in frames])
+    else:
+        save = functools.partial(arrange(frames[-1]).save, format="PNG")
+    write_whole(path, save)
+
+
 def sample_to_file(args):
     """Draw what the command line asks for, and write it. Raises ValueError or OSError."""
-    kind = os.path.splitext(args.out)[1].lower()
-    if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise ValueError(f"--out {args.out}: not a .png, .gif or .npz in a folder that exists")
+    kind = kind_of_output(args.out)
     device, dtype = find_device(args.device)
-    if args.dtype:
-        dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype) if args.dtype else dtype
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     for key in options:
         if getattr(args, key) is not None:
@@ -1017,28 +913,16 @@ def sample_to_file(args):
     if unknown:
         raise ValueError(f"--class {unknown[0]}: not a number, nor among {', '.join(names[:20])}")
     chosen = [known.index(name) % len(names) for name in args.classes or names][:args.n]
-    n, k = args.n or 8 * len(chosen), len(chosen)
-    labels = torch.tensor(chosen, device=device).repeat(n // k + 1)[:n]
+    n = args.n or 8 * len(chosen)
+    labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     layout = Layout(model.config.sizes, options.pop("steps"), device)
     options["cfg_start"] = args.cfg_start
     codes = generate(model, tokenizer, labels, layout, args.seed, **options)
-
-    def arrange(pictures):
-        if n == 1:
-            return Image.fromarray(pictures[0])
-        if k == 1:
-            return picture_grid(np.split(pictures, range(8, n, 8)))
-        return picture_grid([pictures[i::k] for i in range(k)], [names[i] for i in chosen])
-
     if kind == ".gif":
-        frames = [arrange(frame) for frame in progress_frames(model, tokenizer, codes, layout)]
-        write_whole(args.out, lambda file: save_gif(frames, file))
+        frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
     else:
-        pictures = decode_scale(tokenizer, codes, layout)
-        if kind == ".npz":
-            write_whole(args.out, lambda file: np.savez(file, arr_0=pictures))
-        else:
-            write_whole(args.out, lambda file: arrange(pictures).save(file, "PNG"))
+        frames = [decode_scale(tokenizer, codes, layout)]
+    save_pictures(args.out, frames, [names[i] for i in chosen])
     said = ", ".join(f"{key} {value:g}" for key, value in options.items())
     print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {said}")
 

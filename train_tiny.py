@@ -1,10 +1,8 @@
 """Train ckgen from scratch: on toy shapes that it draws itself, or on a folder of your pictures.
 
-    python train_tiny.py --scale 2 --steps 4                     toy shapes, minutes on a CPU
-    python train_tiny.py --data DIR                              your pictures, one folder per class
-    python train_tiny.py --evaluate runs/toy-2x/checkpoint.pt    how good a model is
-    python train_tiny.py --bench                                 how fast this machine is
-    torchrun --nproc-per-node=8 train_tiny.py ...                several GPUs
+    python train_tiny.py --scale 2 --steps 4         toy shapes, minutes on a CPU
+    python train_tiny.py --data DIR                  your pictures, one folder per class
+    torchrun --nproc-per-node=8 train_tiny.py ...    several GPUs
 
 Three stages. Each writes a file into the run's folder, whole or not at all, and is done when it is
 there. So the same command continues a run that was stopped:
@@ -14,13 +12,12 @@ there. So the same command continues a run that was stopped:
     checkpoint.pt    the transformer, about once a minute; ckgen.py draws images from it
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
-stopped ends with the same weights, bit for bit on a CPU.
+stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
 
 SPDX-License-Identifier: MIT
 """
 
 import argparse
-import copy
 import functools
 import math
 import os
@@ -38,17 +35,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ckgen
-from ckgen import (Checkerboard, CoarseToFine, Config, Layout, Tokenizer, TokenizerConfig,
-                   loss_by_scale)
+from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, loss_by_scale
 
 try:
     import fcntl
@@ -98,27 +91,18 @@ def seeded(run, stage, step):
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
 
 def train_transformer(run, images, tokenizer, codes):
-    """Train on codes + 1 (images, views, L), see code_images, until checkpoint.pt holds run.iters
-    steps."""
+    """Train on codes + 1 (images, views, L) until checkpoint.pt holds run.iters steps."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
-                    run.heads, run.ffn, clusters=run.coarse)
+                    run.heads, run.ffn)
     torch.manual_seed(run.seed)
-    model = CoarseToFine(config) if run.coarse else Checkerboard(config)
-    if run.coarse:
-        clustering = ckgen.cluster_codebook(codebook.cpu(), run.coarse, run.seed)
-        model.cluster, model.centroids = clustering
-    model.to(device)
+    model = Checkerboard(config).to(device)
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
-        state = ckgen.read(path)
+        state = resume(path, model, optimizers)
         first, log = state["step"], state["log"]
-        with ckgen.contents_of(path):
-            model.load_state_dict(state["model"])
-        for optimizer, values in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(values)
     elif run.init:
         start_from(model, codebook, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
@@ -129,38 +113,19 @@ def train_transformer(run, images, tokenizer, codes):
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
-        # Draw images with replacement, a view of each, and their labels. A tenth loses its class,
-        # for classifier-free guidance. For z_up some codes are replaced by random ones.
-        g = seeded(run, 2, step)
+        # Draw the batch, or the five batches of a step in L's last epochs (Sec. 4.1).
         batches = 5 if (step + 1) / run.iters * run.epochs > run.accumulate_from else 1
-        B = run.batch_size * batches
-        number = torch.randint(len(codes), (B,), generator=g)
-        view = torch.randint(codes.shape[1], (B,), generator=g)
-        x = torch.from_numpy(codes[number.numpy(), view.numpy()].astype(np.int64)) - 1   # (B, L)
-        y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, config.classes)
-        replaced = torch.rand(x.shape, generator=g) < run.replace_codes
-        noisy = torch.where(replaced, torch.randint(config.codes, x.shape, generator=g), x)
-
-        # Draw one P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are
-        # the usual 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
-        N = run.sizes[-1]
-        u, v = torch.rand(2, generator=g).tolist()
-        P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
+        x, y, noisy, P = draw_batch(run, images, codes, config, step, run.batch_size * batches)
         layout = layout_of(P)
 
-        # Forward, backward: part by part, if the card is too small for the whole batch. Coarse to
-        # fine has a loss for each stage.
+        # Forward, backward: part by part, if the card is too small for the whole batch.
         model.zero_grad()
         for part in range(batches * parts):
             mine = slice(part * WORLD + RANK, None, batches * parts * WORLD)
             x_, y_, noisy_ = (t[mine].to(device) for t in (x, y, noisy))
             with torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16):
-                if run.coarse:
-                    stages = parallel(x_, y_, layout, noisy_)
-                else:
-                    stages = [(parallel(codebook[x_], y_, layout, codebook[noisy_]), x_)]
-                loss = sum(loss_by_scale(*stage, layout) for stage in stages)
-            loss = loss / (batches * parts)
+                logits = parallel(codebook[x_], y_, layout, codebook[noisy_])
+                loss = loss_by_scale(logits, x_, layout) / (batches * parts)
             loss[0].backward()
             losses = losses + loss.detach()
 
@@ -186,14 +151,49 @@ def train_transformer(run, images, tokenizer, codes):
                 start = time.monotonic()
                 draw_pictures(run, model, tokenizer)
                 write_log(run, log)
-                state = {"model": model.state_dict(), "config": asdict(config), "step": step + 1,
-                         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                         "log": log, "classes": images.classes, "defaults": run.defaults,
-                         "options": run.options, "tokenizer": tokenizer.state_dict(),
-                         "tokenizer_config": asdict(tokenizer.config)}
-                ckgen.write_whole(path, functools.partial(torch.save, state))
+                save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, log)
                 saved = time.monotonic()
                 cost = saved - start
+
+
+def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
+    """Write all that drawing images and going on need."""
+    state = {"model": model.state_dict(), "config": asdict(model.config), "step": step, "log": log,
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+             "classes": run.classes, "defaults": run.defaults, "options": run.options,
+             "tokenizer": tokenizer.state_dict(), "tokenizer_config": asdict(tokenizer.config)}
+    ckgen.write_whole(path, functools.partial(torch.save, state))
+
+
+def resume(path, model, optimizers):
+    """Load model and optimizers from a checkpoint. Returns all that it holds."""
+    state = ckgen.read(path)
+    with ckgen.contents_of(path):
+        model.load_state_dict(state["model"])
+        for optimizer, values in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(values)
+    return state
+
+
+def draw_batch(run, images, codes, config, step, B):
+    """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
+    labels (B,); codes (B, L) to make z_up of; and P. codes are those + 1 of all images."""
+    g = seeded(run, 2, step)
+    number = torch.randint(len(codes), (B,), generator=g)
+    view = torch.randint(codes.shape[1], (B,), generator=g)
+    x = torch.from_numpy(codes[number.numpy(), view.numpy()].astype(np.int64)) - 1       # (B, L)
+
+    # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
+    y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, config.classes)
+    replaced = torch.rand(x.shape, generator=g) < run.replace_codes
+    noisy = torch.where(replaced, torch.randint(config.codes, x.shape, generator=g), x)
+
+    # One P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are the usual
+    # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
+    N = run.sizes[-1]
+    u, v = torch.rand(2, generator=g).tolist()
+    P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
+    return x, y, noisy, P
 
 
 class Muon(torch.optim.Optimizer):
@@ -258,10 +258,8 @@ def parts_that_fit(run, config):
     batch = run.batch_size // WORLD
     if run.device.type != "cuda":
         return 1
-    models = 2 if run.coarse else 1
-    size = 4 if run.dtype == torch.float32 else 2
-    token = size * models * (36 * run.layers * run.width + 9 * config.codes)
-    weights = 16 * models * run.layers * run.width * (8 * run.width + 3 * run.ffn)
+    token = run.dtype.itemsize * (36 * run.layers * run.width + 9 * config.codes)
+    weights = 16 * run.layers * run.width * (8 * run.width + 3 * run.ffn)
     room = 0.8 * torch.cuda.mem_get_info(run.device)[1] - weights
     parts = 1
     while parts < batch and (batch % parts or batch // parts * (1 + config.length) * token > room):
@@ -271,16 +269,11 @@ def parts_that_fit(run, config):
 
 @torch.no_grad()
 def held_out_loss(model, codebook, codes, labels, layout):
-    """Mean cross-entropy over images of codes (n, L): for each stage a row, of all tokens, then of
-    each scale."""
+    """Mean cross-entropy over images of codes (n, L), as loss_by_scale returns it."""
     total = 0
     for x, y in zip(codes.split(64), labels.split(64)):
         x, y = x.to(codebook.device), y.to(codebook.device)
-        if model.config.clusters:
-            stages = model(x, y, layout, x)
-        else:
-            stages = [(model(codebook[x], y, layout), x)]
-        total = total + len(x) * torch.stack([loss_by_scale(*stage, layout) for stage in stages])
+        total = total + len(x) * loss_by_scale(model(codebook[x], y, layout), x, layout)
     return (total / len(codes)).cpu()
 
 
@@ -291,23 +284,18 @@ def write_log(run, rows):
     ckgen.write_whole(f"{run.out}/log.csv", table)
 
 
-def draw_codes(run, model, tokenizer, labels):
-    """Codes for these labels with the run's steps, cfg and temperature, and their layout."""
-    options = dict(run.defaults)
-    layout = Layout(run.sizes, options.pop("steps"), run.device)
-    codes = ckgen.generate(model, tokenizer, labels.to(run.device), layout, run.seed, **options)
-    return codes, layout
-
-
 def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
     first of up to eight rows after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
     shown = range(0, len(run.classes), math.ceil(len(run.classes) / 16))
-    codes, layout = draw_codes(run, model, tokenizer, torch.tensor(shown).repeat_interleave(8))
+    options = dict(run.defaults)
+    layout = Layout(run.sizes, options.pop("steps"), run.device)
+    labels = torch.tensor(shown, device=run.device).repeat_interleave(8)
+    codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
     rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(shown))
     samples = ckgen.picture_grid(rows, [run.classes[label] for label in shown])
     first = codes[::8][:8]
-    frames = ckgen.progress_frames(model, tokenizer, first, layout)
+    frames = ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)
     frames = [ckgen.picture_grid([frame]) for frame in frames]
     scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(run.sizes))]
     pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in run.sizes])
@@ -575,206 +563,9 @@ def draw_shape(number, size):
     return image.reduce(4)
 
 
-# 5. Evaluation ------------------------------------------------------------------------------------
+# 5. Command line ----------------------------------------------------------------------------------
 
-class Classifier(nn.Module):
-    """A small convolutional network. Its last features serve the Frechet distance."""
-
-    def __init__(self, classes):
-        super().__init__()
-        layers = []
-        for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
-            convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
-            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(128, classes)
-
-
-def train_classifier(images, device, iters=1000):
-    """Train a Classifier on the real images."""
-    torch.manual_seed(0)
-    classifier = Classifier(len(images.classes)).to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iters)
-    for _ in tqdm(range(iters), "classifier", unit="step"):
-        pictures, labels = images.batch(64, torch.default_generator)
-        logits = classifier.head(classifier.features(pictures.to(device)))
-        loss = F.cross_entropy(logits, labels.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return classifier.eval()
-
-
-@torch.no_grad()
-def features(classifier, images):
-    """A classifier's features (n, 128), on the CPU, of images (n, 3, h, h), uint8."""
-    device = classifier.head.weight.device
-    return torch.cat([classifier.features(as_input(part).to(device)).cpu()
-                      for part in images.split(256)])
-
-
-def frechet_distance(a, b):
-    """Frechet distance [8] between two sets of features, (n, d) and (m, d)."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # trace of the root
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
-
-
-def two_colours(images):
-    """Share of toy images (n, 3, h, h), uint8, in which a second of the six colours covers more
-    than a tenth of what the first covers. A pixel has a colour if it is at most 60 from it."""
-    far = torch.cdist(images.flatten(2).mT.float(), torch.tensor(COLOURS).float())  # (n, h*h, 6)
-    covers = F.one_hot(far.argmin(-1), len(COLOURS)) * (far.amin(-1, keepdim=True) < 60)
-    most = covers.sum(1).sort(-1, descending=True).values                           # (n, 6)
-    return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
-
-
-def accuracy_and_distance(classifier, reference, f, labels):
-    """Share of pictures with features f (n, 128) that the classifier takes for their labels (n,),
-    and the Frechet distance of f to the reference, features of real images."""
-    right = classifier.head(f.to(classifier.head.weight.device)).argmax(-1).cpu() == labels
-    return right.double().mean().item(), frechet_distance(f, reference)
-
-
-def decibels(pictures, real):
-    """Peak signal-to-noise ratio of pictures, both (n, 3, h, h), uint8."""
-    error = (pictures.float() - real).square().mean().item()
-    return 10 * math.log10(255 ** 2 / error)
-
-
-def decode(tokenizer, codes, layout):
-    """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
-    return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
-
-
-def evaluate(args):
-    """Print the tokenizer's error, the loss on held-out images for several P, and what a classifier
-    says of samples and of real images. Raises ValueError or OSError."""
-    device, dtype = ckgen.find_device(args.device)
-    model, tokenizer, classes, defaults = ckgen.load(args.evaluate, device)
-    options = ckgen.read(args.evaluate).get("options")
-    if not options:
-        raise ValueError(f"--evaluate {args.evaluate}: not a checkpoint of this program")
-    run = make_run(args, options, device, dtype)
-    run.defaults = defaults | ({"steps": args.steps} if args.steps else {})
-    images = Images(args.data or run.data, run.image_size)
-    if images.classes != classes:
-        raise ValueError(f"--data {args.data}: other classes than those of {args.evaluate}")
-    real, labels = images.held_out()
-    run.sizes = model.config.sizes
-    codes = torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), run.sizes)
-                       for part in real.split(64)])
-    decoded = decode(tokenizer, codes, Layout(run.sizes, 1))
-    print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
-          f"{len(codes.unique())} of {tokenizer.config.codes} codes in use")
-    print("held-out loss, nats a token: all, then maps", *run.sizes)
-    for P in sorted({1, 2, 3, 4, 8, 16, run.defaults["steps"]}):
-        layout = Layout(run.sizes, P, device)
-        losses = held_out_loss(model, tokenizer.codebook(), codes, labels, layout)
-        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses.sum(0)), end="")
-        print("   = {:.3f} + {:.3f} (coarse + fine)".format(*losses[:, 0]) if run.coarse else "")
-
-    classifier = train_classifier(images, device)
-    wanted = torch.arange(1000) % len(classes)
-    start = time.monotonic()
-    codes, layout = draw_codes(run, model, tokenizer, wanted)
-    seconds = (time.monotonic() - start) / len(codes)
-    some = range(min(10000, images.train))
-    reference = features(classifier, crop(images.read(some), images.size))
-    print(f"{len(layout.steps)} steps, {1e3 * seconds:.1f} ms an image in batches of 64, "
-          f"{run.defaults}; Frechet distance to {len(some)} images")
-    for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
-                                  ("held out", real, labels)):
-        f = features(classifier, pictures)
-        accuracy, distance = accuracy_and_distance(classifier, reference, f, truth)
-        mixed = f", two colours {two_colours(pictures):.1%}" if run.data is None else ""
-        print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
-              f"Frechet distance {distance:.2f}{mixed}")
-
-
-# 6. Speed -----------------------------------------------------------------------------------------
-
-def timed(work):
-    """The median time of work(), in seconds, after a first call to warm up."""
-    work()
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=2).median  # it waits for the GPU
-
-
-def bench(args):
-    """Print times of training, drawing and decoding, with random weights, beside their floor: the
-    time in which this device copies the weights once a step, or multiplies as much in large
-    matrices. On a CPU, S and L draw a single image."""
-    device, dtype = ckgen.find_device(args.device)
-    cuda = device.type == "cuda"
-    source, n = torch.zeros(2 ** 25, device=device), 8192 if cuda else 2048
-    copied, matrix = torch.empty_like(source), torch.randn(n, n, device=device).to(dtype)
-    bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source))
-    speed = 2 * n ** 3 / timed(lambda: matrix @ matrix)
-    print(f"{device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
-          f"copies {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
-
-    def measure(what, images, work, counted, read=0):
-        with FlopCounterMode(display=False) as counter:
-            counted()
-        floor = max(read / bandwidth, counter.get_total_flops() / speed)
-        seconds = timed(work)
-        print(f"{what} {images:3d} images: {1e3 * seconds:9.1f} ms, {images / seconds:8.1f} "
-              f"images/s, {seconds / floor:5.1f} times the floor")
-
-    for name in [args.config] if args.config else RECIPES:
-        bench_config(name, args, device, dtype, measure)
-
-
-def bench_config(name, args, device, dtype, measure):
-    """Measure one configuration: tiny as on the toy shapes, S and L as in the paper."""
-    grid, tokenizer = 16, TokenizerConfig(4096, 8, 16, 256, (128, 128, 256, 256, 512))
-    if name == "tiny":
-        grid, tokenizer = 8, TokenizerConfig()
-    run = argparse.Namespace(**RECIPES[name])
-    sizes = ckgen.scale_sizes(grid, SCALES[args.scale or "2"])
-    config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads, run.ffn)
-    model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device, dtype)
-    layout, codebook = Layout(sizes, args.steps or 4, device), tokenizer.codebook().float()
-    drawing = ckgen.for_sampling(copy.deepcopy(model), dtype)
-    optimizers = make_optimizers(model, run)
-    read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
-    small = name == "tiny" or device.type == "cuda"
-
-    def train():
-        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            loss = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
-        model.zero_grad()
-        loss[0].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-
-    def draw():
-        return ckgen.sample(drawing, codebook, x[:, 0], layout, cfg=1.5)
-
-    def decode():
-        tokenizer.decode_codes(x[:, layout.scales[-1]])
-
-    for batch in (1, 8, 64) if small else (1,):
-        x = torch.zeros(batch, config.length, dtype=torch.long, device=device)
-        measure(f"{name:5s}draw  ", batch, draw, draw, read)
-        if device.type == "cuda":
-            graph = ckgen.SamplerGraph(drawing, codebook, layout, batch, torch.Generator(device),
-                                       cfg=1.5)
-            measure(f"{name:5s}graph ", batch, lambda: graph(x[:, 0]), draw, read)
-        measure(f"{name:5s}decode", batch, decode, decode)
-    if small:
-        x = torch.zeros(run.batch_size, config.length, dtype=torch.long, device=device)
-        measure(f"{name:5s}train ", run.batch_size, train, train)
-
-
-# 7. Command line ----------------------------------------------------------------------------------
-
-OPTIONS = ("config", "scale", "data", "tokenizer", "codes", "coarse", "init", "image_size", "iters",
+OPTIONS = ("config", "scale", "data", "tokenizer", "codes", "init", "image_size", "iters",
            "batch_size", "lr", "seed")  # what fixes the weights of a run
 
 
@@ -795,27 +586,35 @@ def fill_options(args, dtype):
             return options
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
-    options |= {"config": config, "scale": "2", "coarse": 0, "seed": 0}
+    options |= {"config": config, "scale": "2", "seed": 0}
     if args.tokenizer and args.data:  # for the paper's epochs, see `train`
         options |= {"image_size": 256, "iters": None}
     if args.tokenizer or args.init:
         options["codes"] = None  # its own
     options |= given
-    if options["init"] and ckgen.load(options["init"])[0].config.clusters != options["coarse"]:
-        raise ValueError(f"--init {options['init']}: of another --coarse")
+    if options["init"]:
+        ckgen.load(options["init"])  # refused now if it is no checkpoint, not after the coding
     return options
 
 
-def make_run(args, options, device, dtype):
+def make_run(options, out, P, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
-    options.setdefault("coarse", 0)  # a run that began before there was --coarse
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
-                             dtype=dtype, out=args.out)
+                             dtype=dtype, out=out)
     if run.data and run.config != "tiny":
-        run.defaults = {"steps": args.steps or 4, "cfg": 1.5, "temperature": 1.0}
+        run.defaults = {"steps": P, "cfg": 1.5, "temperature": 1.0}
     else:  # more guidance mixes the colours of toy shapes
-        run.defaults = {"steps": args.steps or 4, "cfg": 0.5, "temperature": 0.5}
+        run.defaults = {"steps": P, "cfg": 0.5, "temperature": 0.5}
     return run
+
+
+def open_images(run):
+    """The images of a run. Raises ValueError if they are not those that it began with."""
+    images = Images(run.data, run.image_size)
+    run.classes = images.classes
+    if run.options.setdefault("pictures", images.fingerprint) != images.fingerprint:
+        raise ValueError(f"--data {run.data}: not the files that the run in {run.out} began with")
+    return images
 
 
 def barrier():
@@ -840,8 +639,7 @@ def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
     source = os.path.basename(os.path.abspath(args.data)) if args.data else "toy"
-    stages = "-coarse" if args.coarse else ""
-    args.out = args.out or f"runs/{source}-{args.scale or 2}x{stages}"
+    args.out = args.out or f"runs/{source}-{args.scale or 2}x"
     locked = lock(args.out)
     options = [fill_options(args, dtype) if RANK == 0 else None]
     if WORLD > 1:
@@ -849,11 +647,8 @@ def train(args):
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo", timeout=timedelta(days=7), **cuda)  # coding takes long
         torch.distributed.broadcast_object_list(options)
-    run = make_run(args, options[0], device, dtype)
-    images = Images(run.data, run.image_size)
-    run.classes = images.classes
-    if run.options.setdefault("pictures", images.fingerprint) != images.fingerprint:
-        raise ValueError(f"--data {run.data}: not the files that the run in {run.out} began with")
+    run = make_run(options[0], args.out, args.steps, device, dtype)
+    images = open_images(run)
     if run.iters is None:  # the paper's epochs
         epochs = 30 if run.init else run.epochs or 1
         run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
@@ -864,8 +659,6 @@ def train(args):
     if run.image_size % config.stride or run.batch_size % WORLD:
         raise ValueError(f"--image-size must be a multiple of {config.stride}, --batch-size of "
                          f"{WORLD}")
-    if run.coarse > (run.codes or config.codes):
-        raise ValueError(f"--coarse {run.coarse}: more than there are codes")
     run.sizes = ckgen.scale_sizes(run.image_size // config.stride, SCALES[run.scale])
     if RANK == 0:
         print(f"{run.out}: {images.train} images of {len(images.classes)} classes, config "
@@ -881,7 +674,7 @@ def train(args):
             if os.path.exists(f"{run.out}/{name}"):
                 print(f"{run.out}/{name:15s} {what}")
         print(f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
-              f"      python train_tiny.py --evaluate {run.out}/checkpoint.pt")
+              f"      python study/evaluate.py {run.out}/checkpoint.pt")
     locked.close()
 
 
@@ -894,18 +687,16 @@ def main(arguments=None):
         epilog="example: python train_tiny.py --scale 2 --steps 4")
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=SCALES, help="ratio between scales; 1: a single scale (default: 2)")
-    add("--steps", type=within(int, 1), metavar="P",
+    add("--steps", type=within(int, 1), default=4, metavar="P",
         help="steps for each scale when drawing (default: 4); training draws P at random")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
-    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x[-coarse])")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer: of another run, or LlamaGen's "
         "vq_ds16_c2i.pt for 256-pixel pictures (default: that of --init, or train a small one)")
     add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: tiny "
         "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
-    add("--coarse", type=within(int, 1, 65535), metavar="K", help="coarse to fine: draw a cluster "
-        "of codes for each cell, out of K, then all codes in one pass (arXiv:2503.16194)")
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer and --data)")
@@ -915,14 +706,11 @@ def main(arguments=None):
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
-    add("--seed", type=within(int, 0),
-        help="same seed, same machine: same weights (default: 0)")
+    add("--seed", type=within(int, 0), help="same seed, same machine: same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    add("--evaluate", metavar="CHECKPOINT", help="print how good a model is")
-    add("--bench", action="store_true", help="print how fast this machine is")
     args = parser.parse_args(arguments)
     try:
-        parser.run(bench if args.bench else evaluate if args.evaluate else train, args)
+        parser.run(train, args)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

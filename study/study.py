@@ -1,11 +1,10 @@
 """The paper's claims, seen on toy shapes: trains small models, measures them, draws the figures.
 
-    python figures/study.py            all claims, two training seeds: 2 to 3 hours on 2 CPU cores
-    python figures/study.py order      one of: scan, idea, steps, entropy, mixing, guidance, order
-    python figures/study.py coarse     coarse to fine against plain, nine models more: an hour
-    python figures/study.py --quick    all claims, hardly trained: a test of this file, 3 minutes
+    python study/study.py            all claims, two training seeds: 2 to 3 hours on 2 CPU cores
+    python study/study.py order      one of: scan, idea, steps, entropy, mixing, guidance, order
+    python study/study.py --quick    all claims, hardly trained: a test of this file, 3 minutes
 
-Models are kept in runs/study, measurements in figures/study.csv: the same command goes on where it
+Models are kept in runs/study, measurements in study/study.csv: the same command goes on where it
 was stopped, and what is there is not done again. Remove both to begin anew. A row of study.csv is
 the mean of three times 1000 images, drawn at temperature 1. All models have the tokenizer of the
 first, the README's default run. Bars in plots show both training seeds; in entropy.png, quartiles.
@@ -18,21 +17,18 @@ import io
 import math
 import os
 import random
-import sys
-import time
 from typing import NamedTuple
 from unittest import mock
-
-HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, HOME)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+import evaluate  # makes ckgen and train_tiny importable
 import ckgen
 import train_tiny
 
+HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEVICE, _ = ckgen.find_device()
 
 
@@ -65,11 +61,6 @@ FIRST = Model("2")  # whose tokenizer all models have
 KEY = (*Model._fields, "P", "cfg", "cfg_start")  # columns that tell rows of study.csv apart
 
 
-def encode(tokenizer, pictures, layout):
-    """Codes (n, L) of uint8 pictures."""
-    return tokenizer.encode_pyramid(train_tiny.as_input(pictures).to(DEVICE), layout.sizes)
-
-
 def summary(values):
     """Their mean, the least, and the most."""
     return np.mean(values), min(values), max(values)
@@ -84,7 +75,7 @@ class Study:
     """Trains and measures models, and keeps both."""
 
     def __init__(self, quick):
-        self.folder, self.figures = f"{HOME}/runs/study", f"{HOME}/figures"
+        self.folder, self.figures = f"{HOME}/runs/study", f"{HOME}/study"
         self.iters, self.n, self.seeds, self.sampling = 1150, 1000, (0, 1), (0, 1, 2)
         if quick:
             self.folder = self.figures = f"{HOME}/runs/quick"
@@ -132,12 +123,12 @@ class Study:
     @functools.cached_property
     def classifier(self):
         """What judges pictures."""
-        return train_tiny.train_classifier(self.images, DEVICE, self.iters)
+        return evaluate.train_classifier(self.images, DEVICE, self.iters)
 
     @functools.cached_property
     def reference(self):
         """Features of 10,000 training images."""
-        return train_tiny.features(self.classifier, self.images.read(range(10000)))
+        return evaluate.features(self.classifier, self.images.read(range(10000)))
 
     def judge(self, pictures, labels):
         """Accuracy, Frechet distance, two colours, and spread: the variance of features within the
@@ -145,26 +136,26 @@ class Study:
         def spread(features, labels):
             return sum(features[labels == k].var(0).sum().item() for k in range(8))
 
-        f = train_tiny.features(self.classifier, pictures)
-        accuracy, distance = train_tiny.accuracy_and_distance(self.classifier, self.reference, f,
-                                                              labels)
+        f = evaluate.features(self.classifier, pictures)
+        accuracy, distance = evaluate.accuracy_and_distance(self.classifier, self.reference, f,
+                                                            labels)
         inner = spread(f, labels)
         real = spread(self.reference, self.images.labels[:10000])
         return {"accuracy": accuracy, "distance": distance,
-                "two colours": train_tiny.two_colours(pictures), "spread": inner / real}
+                "two colours": evaluate.two_colours(pictures), "spread": inner / real}
 
-    def samples(self, network, tokenizer, layout, **options):
+    def samples(self, network, tokenizer, layout, generate=ckgen.generate, **options):
         """The mean judgement of samples from each sampling seed."""
         labels, found = torch.arange(self.n) % 8, []
         for seed in self.sampling:
-            codes = ckgen.generate(network, tokenizer, labels.to(DEVICE), layout, seed, **options)
-            found.append(self.judge(train_tiny.decode(tokenizer, codes, layout), labels))
+            codes = generate(network, tokenizer, labels.to(DEVICE), layout, seed, **options)
+            found.append(self.judge(evaluate.decode(tokenizer, codes, layout), labels))
         return {name: np.mean([scores[name] for scores in found]) for name in found[0]}
 
     @functools.cache
     def losses(self, network, tokenizer, layout):
         """Held-out nats a token, as train_tiny.held_out_loss returns them."""
-        codes = encode(tokenizer, self.held_out, layout)
+        codes = evaluate.encode(tokenizer, self.held_out, layout.sizes)
         return train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels, layout)
 
     def measure(self, quantity, model, P, cfg=0.0, cfg_start=0):
@@ -172,7 +163,7 @@ class Study:
         key = tuple(map(str, (*model, P, cfg, cfg_start)))
         if key not in self.rows:
             network, layout = self.load(model), self.layout(model, P)
-            all_tokens, *_, last_map = self.losses(*network, layout)[0].tolist()
+            all_tokens, *_, last_map = self.losses(*network, layout).tolist()
             scores = self.samples(*network, layout, cfg=cfg, cfg_start=cfg_start)
             self.keep(key, {"steps": len(layout.steps), "nats": all_tokens, "last map": last_map}
                       | scores)
@@ -184,8 +175,8 @@ class Study:
         if keys[0] not in self.rows:
             tokenizer, layout = self.load(FIRST)[1], self.layout(FIRST, 1)
             real, labels = self.held_out[:self.n], self.labels[:self.n]
-            codes = encode(tokenizer, real, layout)
-            for key, pictures in zip(keys, (real, train_tiny.decode(tokenizer, codes, layout))):
+            codes = evaluate.encode(tokenizer, real, layout.sizes)
+            for key, pictures in zip(keys, (real, evaluate.decode(tokenizer, codes, layout))):
                 self.keep(key, self.judge(pictures, labels))
         return [float(self.rows[key][quantity]) for key in keys]
 
@@ -390,56 +381,6 @@ def order(study):
     study.save_samples("order_samples.png", [(name, Model("1", name), 8) for name in ORDERS])
 
 
-def coarse(study):
-    """Coarse to fine against plain, on the same codes and in as many steps."""
-    rows, layout = [], ckgen.Layout((1, 2, 4, 8), 4, DEVICE)
-    for V, K in ((256, 0), (256, 64), (1024, 0), (1024, 64), (1024, 256), (4096, 0), (4096, 64),
-                 (4096, 256), (4096, 1024)):
-        options = ["--codes", str(V)] + (["--coarse", str(K)] if K else [])
-        network, tokenizer = study.train(f"coarse-{V}-{K}", *options)
-        nats = study.losses(network, tokenizer, layout)
-        start = time.monotonic()
-        ckgen.generate(network, tokenizer, torch.arange(1000, device=DEVICE) % 8, layout, cfg=0.5)
-        seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
-        scores = study.samples(network, tokenizer, layout, cfg=0.5, temperature=0.5)
-        rows.append(four_digits({
-            "V": V, "K": K, "nats": nats[:, 0].sum(), "of them fine": nats[1:, 0].sum(),
-            "nats finest map": nats[:, -1].sum(), "ms an image": seconds} | scores))
-        if V == 1024 and K == 0:
-            redundancy(study, tokenizer, layout)
-    study.write_csv("coarse.csv", rows)
-
-
-def redundancy(study, tokenizer, layout):
-    """figures/coarse.png: held-out pictures whose codes are replaced by random ones of the same
-    cluster, by the clusters' centroids, by any codes; and how far all of them move, in dB."""
-    codebook, images = tokenizer.codebook().cpu(), study.held_out
-    shown, names = [images], ["real"]
-    codes = encode(tokenizer, images, layout)
-    codes = codes[:, layout.scales[-1]].cpu()                               # (n, N*N)
-
-    def show(name, latents):
-        with torch.no_grad():
-            decoded = [ckgen.to_uint8(tokenizer.decode(ckgen.as_map(part).to(DEVICE)))
-                       for part in latents.split(64)]
-        shown.append(torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2))
-        names.append(f"{name} {train_tiny.decibels(shown[-1], images):.1f} dB")
-
-    show("decoded,", codebook[codes])
-    torch.manual_seed(0)
-    for K in (256, 64, 1):
-        cluster, centroids = ckgen.cluster_codebook(codebook, K)
-        same = (cluster[:, None] == cluster).float()                        # (V, V)
-        others = torch.multinomial(same, 1000, replacement=True)            # (V, 1000)
-        others = others[codes, torch.randint(1000, codes.shape)]
-        show(f"same of {K}," if K > 1 else "any code,", codebook[others])
-        if K > 1:
-            show(f"centroid of {K},", centroids[cluster][codes])
-    print(*names, sep="\n")
-    rows = [pictures[:8].permute(0, 2, 3, 1).numpy() for pictures in shown]
-    study.save("coarse.png", ckgen.picture_grid(rows, names))
-
-
 CLAIMS = {claim.__name__: claim for claim in (scan, idea, steps, entropy, mixing, guidance, order)}
 
 
@@ -447,16 +388,12 @@ def main(args):
     """Do one claim or all."""
     print(__doc__)
     study = Study(args.quick)
-    if args.claim == "coarse":
-        coarse(study)
-    else:
-        for claim in [args.claim] if args.claim else CLAIMS:
-            CLAIMS[claim](study)
+    for claim in [args.claim] if args.claim else CLAIMS:
+        CLAIMS[claim](study)
 
 
 if __name__ == "__main__":
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claim", nargs="?", choices=[*CLAIMS, "coarse"],
-                        help="(default: all but coarse)")
+    parser.add_argument("claim", nargs="?", choices=CLAIMS, help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick")
     parser.run(main, parser.parse_args())

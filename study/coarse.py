@@ -1,0 +1,324 @@
+"""Coarse to fine: the second paper, complete in this file.
+
+Guo, Zhang, Shieh, "Improving Autoregressive Image Generation through Coarse-to-Fine Token
+Prediction" (arXiv:2503.16194). Codes whose vectors lie close decode alike. So k-means puts the V
+codes into K clusters, the coarse labels. Stage 1 samples the clusters of all cells, as ckgen.py
+samples codes, and sees centroids instead of code vectors. Stage 2, as large a model, then samples
+all codes in one pass, each within its cluster. As a code has one cluster,
+
+    log p(codes) = log p(clusters) + log p(codes | clusters),
+
+and both are trained on true clusters: their losses add up. If K = V, stage 2 has nothing to choose.
+
+    python study/coarse.py train runs/toy-2x --clusters 64       both stages, on that run's codes
+    python study/coarse.py draw runs/toy-2x/coarse-64.pt         a .png, a .gif or an .npz
+    python study/coarse.py evaluate runs/toy-2x/coarse-64.pt     how good the model is
+    python study/coarse.py compare                               with plain models, an hour
+
+`train` takes tokenizer, codes and recipe from the folder of a run of train_tiny.py, and writes
+coarse-K.pt beside that run's own model, about once a minute; the same command continues. It trains
+in one process, and whole batches at once: a small card may lack the memory.
+"""
+
+import argparse
+import functools
+import math
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import evaluate  # makes ckgen and train_tiny importable
+from study import DEVICE, Study, four_digits
+import ckgen
+import train_tiny
+from ckgen import Checkerboard, Config, Layout, loss_by_scale
+
+# 1. Clusters --------------------------------------------------------------------------------------
+
+def cluster_codebook(codebook, K, seed=0, rounds=100):
+    """k-means of a codebook (V, C): the cluster (V,) of each code, and the K clusters' centroids
+    (K, C), of unit length like the codes. No cluster is empty. Raises ValueError if K > V."""
+    if K > len(codebook):
+        raise ValueError(f"{K} clusters need more than {len(codebook)} codes")
+    generator = torch.Generator().manual_seed(seed)
+    centroids = codebook[torch.randperm(len(codebook), generator=generator)[:K]]
+    for _ in range(rounds):
+        nearness, cluster = (codebook @ centroids.T).max(-1)             # (V,)
+        for k in range(K):
+            count = cluster.bincount(minlength=K)
+            if count[k] == 0:  # take the code farthest from its centroid that is not alone there
+                alone = count[cluster] == 1
+                cluster[nearness.masked_fill(alone, math.inf).argmin()] = k
+        sums = torch.zeros_like(centroids).index_add_(0, cluster, codebook)
+        centroids = F.normalize(sums, dim=-1)
+    return cluster, centroids
+
+
+# 2. The two stages --------------------------------------------------------------------------------
+
+class CoarseToFine(nn.Module):
+    """Both stages, two Checkerboards: config.codes is V, clusters is K."""
+
+    def __init__(self, config, clusters):
+        super().__init__()
+        self.config = config
+        self.coarse = Checkerboard(replace(config, codes=clusters))
+        self.fine = Checkerboard(config)
+        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))        # (V,)
+        self.register_buffer("centroids", torch.zeros(clusters, config.code_dim))           # (K, C)
+
+    def forward(self, codes, labels, layout, noisy):
+        """Training on codes (B, L). z_up is made of `noisy` codes. Returns the losses of each
+        stage, (2, 1 + scales), as loss_by_scale does."""
+        clusters = self.cluster[codes]
+        z = self.centroids[clusters]
+        noisy_z = self.centroids[self.cluster[noisy]]
+        coarse_logits = self.coarse(z, labels, layout, noisy_z)          # (B, L, K)
+        fine_logits = self.refine(clusters, labels, layout)              # (B, L, V)
+        return torch.stack([loss_by_scale(coarse_logits, clusters, layout),
+                            loss_by_scale(fine_logits, codes, layout)])
+
+    def refine(self, clusters, labels, layout):
+        """Stage 2: logits (B, L, V) in layout order, given all clusters (B, L). Tokens are as in
+        stage 1, but z_up holds the centroid of the cell itself, and there is no mask."""
+        class_token, modulations = self.fine.embed_class(labels)
+        z = self.centroids[clusters].to(class_token.dtype)               # (B, L, C)
+        tokens = self.fine.inputs(z, z, layout, 1, len(layout.cell))
+        x = torch.cat([class_token, tokens], 1)                          # (B, 1+L, D)
+        logits = self.fine.transform(x, modulations, self.fine.ropes(layout))[:, 1:]
+        outside = self.cluster != clusters[:, layout.cell[1:], None]     # (B, L, V)
+        return logits.masked_fill(outside, -math.inf)
+
+    @torch.no_grad()
+    def sample(self, labels, layout, cfg=0.0, temperature=1.0, generator=None, **options):
+        """Draw codes (B, L) for labels (B,), guided in both stages. options: cfg_start."""
+        clusters = ckgen.sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
+                                temperature=temperature, generator=generator, **options)
+        logits = self.refine(clusters, labels, layout)
+        if cfg > 0:
+            uncond = self.refine(clusters, torch.full_like(labels, self.config.classes), layout)
+            guided = logits + cfg * (logits - uncond)                    # -inf - -inf is nan
+            logits = torch.where(logits.isinf(), logits, guided)
+        codes = torch.empty_like(clusters)
+        codes[:, layout.cell[1:]] = ckgen.draw(logits, temperature, generator)
+        return codes
+
+
+# 3. Training --------------------------------------------------------------------------------------
+
+def train(args):
+    """Train both stages on the codes of a run. Raises ValueError or OSError."""
+    device, dtype = ckgen.find_device(args.device)
+    given, path = f"{args.run}/tokenizer.pt", f"{args.run}/coarse-{args.clusters}.pt"
+    tokenizer = ckgen.load_tokenizer(given, device)
+    run = train_tiny.make_run(ckgen.read(given)["options"], args.run, 4, device, dtype)
+    run.sizes = ckgen.scale_sizes(run.image_size // tokenizer.config.stride,
+                                  train_tiny.SCALES[run.scale])
+    locked = train_tiny.lock(args.run)
+    images = train_tiny.open_images(run)
+    codes = train_tiny.code_images(run, images, tokenizer)
+
+    codebook = tokenizer.codebook()                                      # (V, C)
+    config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
+                    run.heads, run.ffn)
+    torch.manual_seed(run.seed)
+    model = CoarseToFine(config, args.clusters)
+    model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
+    model.to(device)
+    optimizers = train_tiny.make_optimizers(model, run)
+    first, saved = 0, time.monotonic()
+    if os.path.exists(path):
+        state = train_tiny.resume(path, model, optimizers)
+        first = state["step"]
+        if state["options"] != run.options:
+            raise ValueError(f"{path}: of another run; remove it")
+
+    layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
+    bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
+    for step in bar:
+        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, config, step, run.batch_size)
+        x, y, noisy = x.to(device), y.to(device), noisy.to(device)
+        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+            losses = model(x, y, layout_of(P), noisy)[:, 0]
+        model.zero_grad()
+        losses.sum().backward()
+        lr = run.lr * train_tiny.lr_factor(run, step)
+        for optimizer, ratio in zip(optimizers, (1, run.muon)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * ratio
+            optimizer.step()
+
+        last = step + 1 == run.iters
+        if (step + 1) % 10 == 0 or last:
+            coarse, fine = losses.tolist()
+            bar.set_postfix(clusters=f"{coarse:.3f}", codes=f"{fine:.3f}")
+            if not math.isfinite(coarse + fine):
+                raise ValueError(f"the loss is {coarse + fine} at step {step + 1}")
+        if last or time.monotonic() - saved > 60:
+            train_tiny.save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, [])
+            saved = time.monotonic()
+    print(f"next: python study/coarse.py draw {path}\n      python study/coarse.py evaluate {path}")
+    locked.close()
+
+
+# 4. Drawing and evaluation ------------------------------------------------------------------------
+
+def load(path, device="cpu", dtype=torch.float32):
+    """(model, tokenizer, class names, defaults) of a file that `train` wrote."""
+    state = ckgen.read(path)
+    with ckgen.contents_of(path):
+        kind = functools.partial(CoarseToFine, clusters=len(state["model"]["centroids"]))
+        model = ckgen.build(kind, Config(**state["config"]), state["model"]).to(device)
+        classes, defaults = state["classes"], state["defaults"]
+    for stage in (model.coarse, model.fine):
+        ckgen.for_sampling(stage, dtype)
+    return model, ckgen.load_tokenizer(path, device, dtype, state), classes, defaults
+
+
+def generate(model, tokenizer, labels, layout, seed=0, **options):
+    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L)."""
+    options["generator"] = torch.Generator(labels.device).manual_seed(seed)
+    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
+    return torch.cat([model.sample(part, layout, **options) for part in parts])
+
+
+@torch.no_grad()
+def held_out_loss(model, codebook, codes, labels, layout):
+    """Mean cross-entropy over images of codes (n, L): the sum of both stages, of all tokens, then
+    of each scale; then of all tokens that of stage 1, and that of stage 2."""
+    parts = zip(codes.to(codebook.device).split(64), labels.to(codebook.device).split(64))
+    total = sum(len(x) * model(x, y, layout, x) for x, y in parts)       # (2, 1 + scales)
+    losses = total.cpu() / len(codes)
+    return torch.cat([losses.sum(0), losses[:, 0]])
+
+
+def draw(args):
+    """Draw all classes in turn, and write the pictures. The steps of a .gif show centroids, and its
+    last frame the codes. Raises ValueError or OSError."""
+    kind = ckgen.kind_of_output(args.out)
+    device, dtype = ckgen.find_device(args.device)
+    model, tokenizer, names, options = load(args.checkpoint, device, dtype)
+    for key in options:
+        if getattr(args, key) is not None:
+            options[key] = getattr(args, key)
+    labels = torch.arange(args.n or 8 * len(names), device=device) % len(names)
+    layout = Layout(model.config.sizes, options.pop("steps"), device)
+    codes = generate(model, tokenizer, labels, layout, args.seed, **options)
+    frames = []
+    if kind == ".gif":
+        frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
+    frames.append(ckgen.decode_scale(tokenizer, codes, layout))
+    ckgen.save_pictures(args.out, frames, names[:len(labels)])
+    print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
+
+
+def judge(args):
+    """Print what evaluate.py prints. Raises ValueError or OSError."""
+    print("losses are sums of both stages; two more columns: stage 1 alone, stage 2 alone")
+    evaluate.evaluate(args, load, held_out_loss, generate)
+
+
+# 5. Against plain models --------------------------------------------------------------------------
+
+def compare(args):
+    """Coarse to fine against plain, on the same codes and in as many steps: coarse.csv, coarse.png.
+    The conventions are those of study.py."""
+    study = Study(args.quick)
+    rows, layout = [], Layout((1, 2, 4, 8), 4, DEVICE)
+    for V, choices in ((256, (0, 64)), (1024, (0, 64, 256)), (4096, (0, 64, 256, 1024))):
+        run = f"{study.folder}/codes-{V}"
+        network, tokenizer = study.train(f"codes-{V}", "--codes", str(V))
+        if V == 1024:
+            redundancy(study, tokenizer, layout)
+        for K in choices:
+            sampler, loss = ckgen.generate, train_tiny.held_out_loss
+            if K:
+                train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
+                network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
+                sampler, loss = generate, held_out_loss
+            codes = evaluate.encode(tokenizer, study.held_out, layout.sizes)
+            nats = loss(network, tokenizer.codebook(), codes, study.labels, layout)
+            start = time.monotonic()
+            labels = torch.arange(1000, device=DEVICE) % 8
+            sampler(network, tokenizer, labels, layout, cfg=0.5)
+            seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
+            scores = study.samples(network, tokenizer, layout, sampler, cfg=0.5, temperature=0.5)
+            rows.append(four_digits({
+                "V": V, "K": K, "nats": nats[0], "of them fine": nats[-1] if K else 0,
+                "nats finest map": nats[len(layout.sizes)], "ms an image": seconds} | scores))
+    study.write_csv("coarse.csv", rows)
+
+
+@torch.no_grad()
+def redundancy(study, tokenizer, layout):
+    """coarse.png: held-out pictures whose codes are replaced by random ones of the same cluster, by
+    the clusters' centroids, by any codes; and how far all of them move, in dB."""
+    codebook, images = tokenizer.codebook().cpu(), study.held_out
+    shown, names = [images], ["real"]
+    codes = evaluate.encode(tokenizer, images, layout.sizes)
+    codes = codes[:, layout.scales[-1]].cpu()                            # (n, N*N)
+
+    def show(name, latents):
+        maps = ckgen.as_map(latents).to(DEVICE)
+        decoded = [ckgen.to_uint8(tokenizer.decode(part)) for part in maps.split(64)]
+        pictures = torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2)
+        shown.append(pictures)
+        names.append(f"{name} {evaluate.decibels(pictures, images):.1f} dB")
+
+    show("decoded,", codebook[codes])
+    torch.manual_seed(0)
+    for K in (256, 64, 1):
+        cluster, centroids = cluster_codebook(codebook, K)
+        same = (cluster[:, None] == cluster).float()                     # (V, V)
+        others = torch.multinomial(same, 1000, replacement=True)         # (V, 1000)
+        others = others[codes, torch.randint(1000, codes.shape)]
+        show(f"same of {K}," if K > 1 else "any code,", codebook[others])
+        if K > 1:
+            show(f"centroid of {K},", centroids[cluster][codes])
+    print(*names, sep="\n")
+    rows = [pictures[:8].permute(0, 2, 3, 1).numpy() for pictures in shown]
+    study.save("coarse.png", ckgen.picture_grid(rows, names))
+
+
+# 6. Command line ----------------------------------------------------------------------------------
+
+def main(arguments=None):
+    """The command line of this file."""
+    parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    within = ckgen.within
+
+    add = commands.add_parser("train", help="train both stages on a run's codes").add_argument
+    add("run", help="folder of a run of train_tiny.py, whose images are coded")
+    add("--clusters", type=within(int, 1), metavar="K", required=True, help="how many clusters")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+
+    add = commands.add_parser("draw", help="draw images of all classes in turn").add_argument
+    add("checkpoint", help="coarse-K.pt, written by train")
+    add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
+    add("--steps", type=within(int, 1), metavar="P", help="steps a scale (default: 4)")
+    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance of both stages; 0 is off")
+    add("--temperature", type=within(float, 0, 100), metavar="T", help="divides all logits")
+    add("--seed", type=within(int, 0), default=0, help="same seed, same images (default: 0)")
+    add("--out", default="samples.png", help="a .png, .gif or .npz (default: samples.png)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+
+    add = commands.add_parser("evaluate", help="print how good a model is").add_argument
+    evaluate.add_options(add)
+
+    add = commands.add_parser("compare", help="compare with plain models").add_argument
+    add("--quick", action="store_true", help="hardly any training, in runs/quick")
+
+    args = parser.parse_args(arguments)
+    work = {"train": train, "draw": draw, "evaluate": judge, "compare": compare}[args.command]
+    parser.run(work, args)
+
+
+if __name__ == "__main__":
+    main()

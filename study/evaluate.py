@@ -1,0 +1,172 @@
+"""How good a model of train_tiny.py is, judged on held-out images and by a small classifier.
+
+    python study/evaluate.py runs/toy-2x/checkpoint.pt
+
+prints the tokenizer's error, the loss on held-out images for several P, and what a classifier that
+is trained on the real images says of 1000 samples: how many it takes for their class, and how far
+their features lie from real ones (Frechet distance). Of toy shapes also: in how many samples two
+colours mix. The last line says the same of held-out images.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import ckgen
+import train_tiny
+from ckgen import Layout
+from train_tiny import as_input, crop
+
+
+class Classifier(nn.Module):
+    """A small convolutional network. Its last features serve the Frechet distance."""
+
+    def __init__(self, classes):
+        super().__init__()
+        layers = []
+        for c_in, c_out in ((3, 32), (32, 64), (64, 128)):
+            convolution = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(128, classes)
+
+
+def train_classifier(images, device, iters=1000):
+    """Train a Classifier on the real images."""
+    torch.manual_seed(0)
+    classifier = Classifier(len(images.classes)).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iters)
+    for _ in tqdm(range(iters), "classifier", unit="step"):
+        pictures, labels = images.batch(64, torch.default_generator)
+        logits = classifier.head(classifier.features(pictures.to(device)))
+        loss = F.cross_entropy(logits, labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def features(classifier, images):
+    """A classifier's features (n, 128), on the CPU, of images (n, 3, h, h), uint8."""
+    device = classifier.head.weight.device
+    return torch.cat([classifier.features(as_input(part).to(device)).cpu()
+                      for part in images.split(256)])
+
+
+def frechet_distance(a, b):
+    """Frechet distance [8] between two sets of features, (n, d) and (m, d)."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # trace of the root
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+def accuracy_and_distance(classifier, reference, f, labels):
+    """Share of pictures with features f (n, 128) that the classifier takes for their labels (n,),
+    and the Frechet distance of f to the reference, features of real images."""
+    right = classifier.head(f.to(classifier.head.weight.device)).argmax(-1).cpu() == labels
+    return right.double().mean().item(), frechet_distance(f, reference)
+
+
+def two_colours(images):
+    """Share of toy images (n, 3, h, h), uint8, in which a second of the six colours covers more
+    than a tenth of what the first covers. A pixel has a colour if it is at most 60 from it."""
+    colours = torch.tensor(train_tiny.COLOURS).float()
+    far = torch.cdist(images.flatten(2).mT.float(), colours)                        # (n, h*h, 6)
+    covers = F.one_hot(far.argmin(-1), len(colours)) * (far.amin(-1, keepdim=True) < 60)
+    most = covers.sum(1).sort(-1, descending=True).values                           # (n, 6)
+    return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
+
+
+def decibels(pictures, real):
+    """Peak signal-to-noise ratio of pictures, both (n, 3, h, h), uint8."""
+    error = (pictures.float() - real).square().mean().item()
+    return 10 * math.log10(255 ** 2 / error)
+
+
+def encode(tokenizer, pictures, sizes):
+    """Pictures (n, 3, h, h), uint8, to the codes (n, L) of their pyramids."""
+    device = tokenizer.codebook_weight.device
+    return torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), sizes)
+                      for part in pictures.split(64)])
+
+
+def decode(tokenizer, codes, layout):
+    """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
+    return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
+
+
+def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
+             generate=ckgen.generate):
+    """Print all that the header says. The three functions are those of the kind of model, as
+    coarse.py has another. Raises ValueError or OSError."""
+    device, _ = ckgen.find_device(args.device)
+    model, tokenizer, classes, defaults = load(args.checkpoint, device)
+    options = ckgen.read(args.checkpoint).get("options")
+    if not options:
+        raise ValueError(f"{args.checkpoint}: not a checkpoint of train_tiny.py")
+    defaults["steps"] = args.steps or defaults["steps"]
+    images = train_tiny.Images(args.data or options["data"], options["image_size"])
+    if images.classes != classes:
+        raise ValueError(f"--data {args.data}: other classes than those of {args.checkpoint}")
+    real, labels = images.held_out()
+    sizes, V = model.config.sizes, tokenizer.config.codes
+    codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
+    decoded = decode(tokenizer, codes, Layout(sizes, 1))
+    print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
+          f"{len(codes.unique())} of {V} codes in use")
+    print("held-out loss, nats a token: all, then maps", *sizes)
+    for P in sorted({1, 2, 3, 4, 8, 16, defaults["steps"]}):
+        losses = held_out_loss(model, codebook, codes, labels, Layout(sizes, P, device))
+        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
+
+    classifier = train_classifier(images, device)
+    wanted = torch.arange(1000) % len(classes)
+    said, start = str(defaults), time.monotonic()
+    layout = Layout(sizes, defaults.pop("steps"), device)
+    codes = generate(model, tokenizer, wanted.to(device), layout, options["seed"], **defaults)
+    seconds = (time.monotonic() - start) / len(codes)
+    some = range(min(10000, images.train))
+    reference = features(classifier, crop(images.read(some), images.size))
+    print(f"{len(layout.steps)} steps, {1e3 * seconds:.1f} ms an image in batches of 64, {said}; "
+          f"Frechet distance to {len(some)} images")
+    for name, pictures, truth in (("samples", decode(tokenizer, codes, layout), wanted),
+                                  ("held out", real, labels)):
+        f = features(classifier, pictures)
+        accuracy, distance = accuracy_and_distance(classifier, reference, f, truth)
+        mixed = "" if options["data"] else f", two colours {two_colours(pictures):.1%}"
+        print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
+              f"Frechet distance {distance:.2f}{mixed}")
+
+
+def main(arguments=None):
+    """The command line of this file."""
+    parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser.add_argument)
+    parser.run(evaluate, parser.parse_args(arguments))
+
+
+def add_options(add):
+    """What evaluate reads of the command line."""
+    add("checkpoint", help="of a finished run, or of one on its way")
+    add("--steps", type=ckgen.within(int, 1), metavar="P",
+        help="steps for each scale when drawing (default: the checkpoint's)")
+    add("--data", metavar="DIR", help="where its pictures are now (default: where they were)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What must hold of the laboratory. Run: python -m pytest -q study/test_study.py"""
+
+import functools
+import re
+import shutil
+from unittest.mock import MagicMock, Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import equal
+
+import coarse
+import evaluate  # makes what follows importable
+import speed
+import ckgen
+import test_ckgen
+import train_tiny
+from ckgen import Config, Layout, loss_by_scale, sample
+from test_ckgen import SIZES, close, differences, example
+from test_ckgen import card, finished, miniature, pictures  # fixtures
+
+
+def run(module, words):
+    """The command of a module, on the CPU. Returns the exit code."""
+    return test_ckgen.run(module.main, *words.split())
+
+
+@pytest.fixture(scope="session")
+def coarse_to_fine(tmp_path_factory, finished):
+    """The folder of a finished run of both stages, read only."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("study") / "run")
+    run(coarse, f"train {folder} --clusters 4")
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A classifier that is hardly trained."""
+    hardly = functools.partial(evaluate.train_classifier, iters=10)
+    monkeypatch.setattr(evaluate, "train_classifier", hardly)
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+
+def test_frechet_distance_is_that_of_two_gaussians():
+    a = torch.randn(20000, 4, generator=torch.Generator())
+    distance = evaluate.frechet_distance(a, 2 * a.flip(0) + 3)
+    assert abs(distance - 40) < 0.5, distance  # 3^2 * 4 + (2 - 1)^2 * 4
+
+
+def test_two_colours_are_those_of_mixed_shapes():
+    shapes = train_tiny.Images(None, 32).read(range(64))
+    halves = torch.cat([shapes[:32, ..., :16], shapes[32:, ..., 16:]], -1)
+    assert evaluate.two_colours(shapes) == 0 and 0.5 < evaluate.two_colours(halves) < 1
+
+
+def test_evaluation_of_both_kinds_of_model(finished, coarse_to_fine, quick, capsys):
+    """The loss of all tokens is that of the maps, weighted; coarse to fine, that of both stages."""
+    for module, words in ((evaluate, f"{finished}/checkpoint.pt"),
+                          (coarse, f"evaluate {coarse_to_fine}/coarse-4.pt --steps 5")):
+        run(module, words)
+        said = capsys.readouterr().out
+        assert re.search(r"\d+\.\d dB on 16 held-out images, \d+ of 16 codes", said), said
+        rows = np.array([row.split() for row in re.findall(r"P = \d+ (.*)", said)], float)
+        assert len(rows) == 6 + (module is coarse), said
+        assert abs(rows[:, :4] @ [-21, 1, 4, 16]).max() < 0.05, said
+        if module is coarse:
+            assert abs(rows[:, 4:].sum(1) - rows[:, 0]).max() < 0.002, said
+        assert len(re.findall(r"accuracy [01]\.\d+, Frechet distance \d+\.\d+, two", said)) == 2
+
+
+def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, capfd):
+    plain, both = finished / "checkpoint.pt", coarse_to_fine / "coarse-4.pt"
+    shutil.copytree(coarse_to_fine, tmp_path / "run")
+    train_on = f"train {tmp_path}/run --clusters"
+    (tmp_path / "run" / "coarse-5.pt").write_bytes(both.read_bytes()[:1000])
+    state = ckgen.read(both)
+    state["options"]["seed"] = 1
+    torch.save(state, tmp_path / "run" / "coarse-4.pt")
+    for module, words, complaint in (
+            (evaluate, f"{tmp_path}/missing.pt", "missing.pt"),
+            (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: damaged, or not for this"),
+            (evaluate, f"{both}", "coarse-4.pt: damaged, or not for this program"),
+            (evaluate, f"{plain} --data {pictures}", "other classes"),
+            (coarse, f"draw {plain}", "checkpoint.pt: damaged, or not for this program"),
+            (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
+            (coarse, f"train {tmp_path}/none --clusters 4", "none/tokenizer.pt"),
+            (coarse, f"{train_on} 17", "17 clusters need more than 16 codes"),
+            (coarse, f"{train_on} 5", "coarse-5.pt: damaged"),
+            (coarse, f"{train_on} 4", "coarse-4.pt: of another run")):
+        assert run(module, words) == 2, words
+        said = capfd.readouterr().err.split("\n")[-2]  # progress bars stand above
+        assert "error: " in said and complaint in said, (words, said)
+    assert not (tmp_path / "none").exists()
+
+
+# Coarse to fine -----------------------------------------------------------------------------------
+
+def test_clusters_are_the_same_for_a_seed_and_never_empty():
+    codebook = F.normalize(torch.randn(40, 8, generator=torch.Generator()), dim=-1)
+    codebook[30:] = codebook[0]  # eleven codes are the same
+    for K in (1, 7, 39, 40):
+        cluster, centroids = coarse.cluster_codebook(codebook, K, seed=5)
+        assert equal(cluster, coarse.cluster_codebook(codebook, K, seed=5)[0]), K
+        assert cluster.bincount(minlength=K).min() > 0 and len(centroids) == K, cluster
+        means = torch.stack([codebook[cluster == k].mean(0) for k in range(K)])
+        close(centroids, F.normalize(means, dim=-1))
+
+
+@torch.no_grad()
+def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
+    _, layout, codes, labels, codebook = example()
+    none, cell = labels * 0 + 3, layout.cell[1:]
+    for K in (5, 17):
+        model = coarse.CoarseToFine(Config(SIZES, 3, 17, 8, 32, 3, 2, 48), K)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.cluster, model.centroids = coarse.cluster_codebook(codebook, K)
+        clusters = model.cluster[codes]
+        fine = model.refine(clusters, labels, layout)
+        inside = model.cluster == clusters[:, cell, None]
+        p = fine.softmax(-1)
+        assert not p[~inside].any()
+        close((p * inside).sum(-1), torch.ones(2, 21))
+        losses = model(codes, labels, layout, codes)
+        close(losses[1], loss_by_scale(fine, codes, layout))
+        assert K < 17 or losses[1].eq(0).all()
+        for cfg in (0, 1.5):
+            options = dict(cfg=cfg, cfg_start=2, temperature=0)
+            drawn = model.sample(labels, layout, **options)
+            expected = sample(model.coarse, model.centroids, labels, layout, **options)
+            assert equal(model.cluster[drawn], expected), (K, cfg)
+            cond, uncond = (model.refine(expected, y, layout).clamp(-1e6) for y in (labels, none))
+            guided = cond + cfg * (cond - uncond)
+            assert equal(drawn[:, cell], guided.argmax(-1)), (K, cfg)
+
+
+def test_both_stages_stopped_go_on_to_the_same_file(finished, coarse_to_fine, tmp_path,
+                                                    monkeypatch):
+    """Bit for bit: stopped at the eighth step, after the checkpoint of the sixth."""
+    shutil.copytree(finished, tmp_path / "run")
+    original, calls = train_tiny.draw_batch, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(train_tiny, "draw_batch", stop)
+    monkeypatch.setattr(coarse, "time", Mock(monotonic=lambda: 25 * len(calls)))
+    command, path = f"train {tmp_path}/run --clusters 4", tmp_path / "run" / "coarse-4.pt"
+    assert run(coarse, command) == 130 and ckgen.read(path)["step"] == 6
+    run(coarse, command)
+    assert not differences(ckgen.read(coarse_to_fine / "coarse-4.pt"), ckgen.read(path))
+
+
+def test_drawing_by_command(coarse_to_fine, tmp_path):
+    def draw(options, name):
+        out = tmp_path / name
+        run(coarse, f"draw {coarse_to_fine}/coarse-4.pt --out {out} {options}")
+        return np.load(out)["arr_0"] if out.suffix == ".npz" else Image.open(out)
+
+    assert draw("", "a.npz").shape == (64, 16, 16, 3)  # eight of each class
+    one = draw("--n 1 --steps 2 --cfg 2 --temperature 0.5", "b.npz")[0]
+    assert np.array_equal(one, draw("--n 1 --steps 2 --cfg 2 --temperature 0.5", "one.png"))
+    assert not np.array_equal(one, draw("--n 1 --steps 2 --seed 1", "one.png"))
+    assert draw("--n 4 --steps 2", "a.gif").n_frames == 6  # five steps, and the refinement
+
+
+# Speed --------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_graph_draws_what_sample_draws(monkeypatch):
+    """For other labels, seeds and weights than those of its capture too. Without a card, a replay
+    is the captured call again: of the same tensors, into the same tensor."""
+    device, captured = "cuda" if torch.cuda.is_available() else "cpu", Mock(wraps=sample)
+    if device == "cpu":
+        monkeypatch.setattr(torch, "cuda", MagicMock())
+        monkeypatch.setattr(speed, "sample", captured)
+        torch.cuda.CUDAGraph().replay = lambda: graph.codes.copy_(
+            sample(*captured.call_args.args, **captured.call_args.kwargs))
+    with torch.device(device):
+        model, _, _, labels, codebook = example(B=3)
+    layout, generator = Layout(SIZES, 4, device), torch.Generator(device)
+    graph = speed.SamplerGraph(model, codebook, layout, 3, generator, cfg=0.5, cfg_start=2)
+    drawn, expected = [], []
+    for label, seed in ((0, 0), (2, 0), (2, 1)):
+        labels[0] = label
+        model.class_embeddings.weight[2] *= -1
+        generator.manual_seed(seed)
+        drawn.append(graph(labels))
+        generator.manual_seed(seed)
+        expected.append(sample(model, codebook, labels, layout, 0.5, 2, 1, generator))
+    assert equal(torch.stack(drawn), torch.stack(expected)), (drawn, expected)
+
+
+def test_speed_measures_drawing_decoding_and_training(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "timed", lambda work: (work(), 0.5)[1])
+    run(speed, "--config tiny --scale 4 --steps 2")
+    rows = re.findall(r"(\w+) +(\d+) images: +500.0 ms, +([\d.]+)", capsys.readouterr().out)
+    wanted = [(what, str(n), f"{2 * n:.1f}") for n in (1, 8, 64) for what in ("draw", "decode")]
+    assert rows == wanted + [("train", "4", "8.0")], rows
+
+
+# CUDA without a card ------------------------------------------------------------------------------
+
+def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
+    for module, words in ((train_tiny, f"--config tiny --iters 2 --out {tmp_path}"),
+                          (evaluate, f"{tmp_path}/checkpoint.pt"),
+                          (coarse, f"train {tmp_path} --clusters 4"),
+                          (coarse, f"evaluate {tmp_path}/coarse-4.pt"),
+                          (coarse, f"draw {tmp_path}/coarse-4.pt --out {tmp_path}/a.gif")):
+        module.main(words.split())
+    assert capsys.readouterr().out.count("samples: class accuracy") == 2
+    assert (tmp_path / "a.gif").exists()
