@@ -32,13 +32,10 @@ import fnmatch
 import functools
 import math
 import os
-import signal
+import sys
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback while torch loads
 
 import numpy as np
 import torch
@@ -473,6 +470,13 @@ def draw(logits, temperature, generator=None):
     return (logits - temperature * noise.log()).argmax(-1)
 
 
+def guided_from(cfg_start, layout):
+    """The first step that is guided, counted from 0: cfg_start, or if there are no more steps than
+    that, half of them."""
+    steps = len(layout.steps)
+    return cfg_start if cfg_start < steps else steps // 2
+
+
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            return_entropy=False):
@@ -509,7 +513,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             logits = model.transform(x, modulations, ropes, None, caches, start)
         if cfg > 0:
             cond, uncond = logits.chunk(2)
-            w = cfg if t >= cfg_start else 0
+            w = cfg if t >= guided_from(cfg_start, layout) else 0
             logits = cond + w * (cond - uncond)
         codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
         latents[:, cell] = codebook[codes[:, cell]]
@@ -548,9 +552,8 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
 
 @torch.no_grad()
 def progress_frames(tokenizer, latents, layout):
-    """The images (B, h, w, 3), uint8, after each step (Fig. 1), a list, from the latents (B, L, C)
-    of finished codes. Undrawn cells are grey; the decoder sees z_up in their place, and nothing of
-    later steps."""
+    """A list of the images (B, h, w, 3), uint8, after each step (Fig. 1), from latents (B, L, C).
+    Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps."""
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
@@ -664,11 +667,16 @@ def vqgan(config):
 
 # Appendix B. Files: dictionaries of tensors and plain values. Reading one runs no code from it. ---
 
-def write_whole(path, save):
-    """Write a file whole or not at all: save(open file) under another name, then rename."""
-    with open(f"{path}.tmp", "wb") as file:
-        save(file)
-    os.replace(f"{path}.tmp", path)
+@contextlib.contextmanager
+def write_whole(path):
+    """A file to write, whole or not at all: it has another name until all is written."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+        os.replace(f"{path}.tmp", path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
 
 
 @contextlib.contextmanager
@@ -684,8 +692,13 @@ def contents_of(path):
 def read(path):
     """The dictionary in a file of torch.save. Raises OSError or ValueError, as all that follow."""
     with open(path, "rb") as file, contents_of(path):
-        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-            raise ValueError("a checksum is wrong")
+        start = file.read(60)
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)  # torch can write it without checksums: all are 0
+            if archive.infolist()[0].CRC and archive.testzip():
+                raise ValueError("a checksum is wrong")
+        elif not start.startswith(b"\x80"):  # nor a pickle, as torch once wrote them
+            raise ValueError(f"no checkpoint, but a file that starts with {start}")
         file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the author's files hold one
             return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -705,6 +718,8 @@ def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a checkpoint, ours or the author's. defaults are
     steps, cfg and temperature."""
     state = read(path)
+    if "model" not in state:
+        raise ValueError(f"{path}: not a checkpoint, perhaps a tokenizer: it has no model")
     with contents_of(path):
         if "options" in state:  # written by train_tiny.py
             config, weights = Config(**state["config"]), state["model"]
@@ -714,6 +729,8 @@ def load(path, device="cpu", dtype=torch.float32):
             config = released_config(weights)
             classes = [str(number) for number in range(config.classes)]
             defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}
+            if config.sizes == scale_sizes(config.sizes[-1], 4):
+                defaults |= {"steps": 8, "cfg": 1.7}  # the paper's, for ratio 4
         model = build(Checkerboard, config, weights)
     model = for_sampling(model.to(device), dtype)
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
@@ -806,29 +823,38 @@ class Parser(argparse.ArgumentParser):
         text = "".join(c if c.isprintable() else "?" for c in message)
         self.exit(2, f"{self.prog}: error: {text}\n")
 
-    def run(self, work, args):
-        """work(args). Bad input ends in one line and exit code 2, Ctrl-C and SIGTERM in 130."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def run(self, work, *args):
+        """work(*args). Bad input ends in one line and exit code 2, Ctrl-C in 130."""
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # so that it can print any path
         try:
-            work(args)
+            work(*args)
+            print(end="", flush=True)
+            return
         except KeyboardInterrupt:
             self.exit(130, "\nstopped; the same command goes on or starts again\n")
+        except BrokenPipeError:  # who reads our output has seen enough
+            sys.stdout = open(os.devnull, "w")
+            self.exit()
         except (ValueError, OSError) as error:
-            self.error(str(error))
-        except RuntimeError as error:
-            if "inline_container" in str(error):
-                self.error("a file was not written: the disk may be full")
-            if "memory" not in str(error):
+            message = str(error)
+        except (MemoryError, RuntimeError) as error:
+            message = str(error)
+            if "inline_container" in message:
+                message = "a file was not written: the disk may be full"
+            elif isinstance(error, MemoryError) or "memory" in message:
+                message = "not enough memory; take fewer images or a smaller model"
+            else:
                 raise  # a mistake in the program
-            self.error(str(error).split(". ")[0] + "; take fewer images or a smaller model")
+        self.error(message)  # here, where the progress bars of what failed have ended
 
 
 def within(kind, low, high=10 ** 9):
     """An argparse type: a number of this kind from low to high."""
     def number(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
     return number
 
@@ -873,30 +899,31 @@ def explain():
 def kind_of_output(path):
     """The extension of a file to be written, .png, .gif or .npz. Raises ValueError."""
     kind = os.path.splitext(path)[1].lower()
-    if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"--out {path}: not a .png, .gif or .npz in a folder that exists")
+    if kind not in (".png", ".gif", ".npz") or os.path.isdir(path):
+        raise ValueError(f"--out {path}: must be a .png, .gif or .npz file")
     return kind
 
 
-def save_pictures(path, frames, names):
-    """Write n pictures, of these classes in turn. frames holds them at each moment, (n, h, w, 3)
-    uint8: a .gif shows all of it, a .png or an .npz the last."""
-    kind, n, k = kind_of_output(path), len(frames[-1]), len(names)
+def arrange(pictures, names):
+    """A PIL image of n pictures (n, h, w, 3), uint8, of these classes in turn: a row for each class
+    with its name, or rows of eight of a single class, or a single picture as it is."""
+    n, k = len(pictures), len(names)
+    if n == 1:
+        return Image.fromarray(pictures[0])
+    if k == 1:
+        return picture_grid(np.split(pictures, range(8, n, 8)))
+    return picture_grid([pictures[i::k] for i in range(k)], names)
 
-    def arrange(pictures):
-        if n == 1:
-            return Image.fromarray(pictures[0])
-        if k == 1:
-            return picture_grid(np.split(pictures, range(8, n, 8)))
-        return picture_grid([pictures[i::k] for i in range(k)], names)
 
+def save_pictures(file, kind, frames, names, settings):
+    """Write n pictures to an open file. frames holds them at each moment, (n, h, w, 3) uint8: a
+    .gif shows all of it, a .png or an .npz the last, and the .npz the settings beside."""
     if kind == ".npz":
-        save = functools.partial(np.savez, arr_0=frames[-1])
+        np.savez(file, arr_0=frames[-1], **settings)
     elif kind == ".gif":
-        save = functools.partial(save_gif, [arrange(pictures) for pictures in frames])
+        save_gif([arrange(pictures, names) for pictures in frames], file)
     else:
-        save = functools.partial(arrange(frames[-1]).save, format="PNG")
-    write_whole(path, save)
+        arrange(frames[-1], names).save(file, "PNG")
 
 
 def sample_to_file(args):
@@ -905,26 +932,34 @@ def sample_to_file(args):
     device, dtype = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
-    for key in options:
-        if getattr(args, key) is not None:
-            options[key] = getattr(args, key)
-    known = [*names, *map(str, range(len(names)))]
-    unknown = [name for name in args.classes or () if name not in known]
+    options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
+    known = [*names, "none", *map(str, range(len(names) + 1))]
+    unknown = set(args.classes).difference(known)
     if unknown:
-        raise ValueError(f"--class {unknown[0]}: not a number, nor among {', '.join(names[:20])}")
-    chosen = [known.index(name) % len(names) for name in args.classes or names][:args.n]
+        raise ValueError(f"--class {min(unknown)}: not a number, nor among {', '.join(names[:20])}")
+    wanted = args.classes or names[::1 if args.n else math.ceil(len(names) / 16)]
+    chosen = [known.index(name) % (len(names) + 1) for name in wanted][:args.n]
+    shown = [known[i] for i in chosen]
     n = args.n or 8 * len(chosen)
+    P = options.pop("steps")
+    layout = Layout(model.config.sizes, P, device)
+    options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
+
+    # What does not fit into memory or file is found out here, before the work.
+    side = layout.sizes[-1] * tokenizer.config.stride
+    blank = np.empty((n, side, side, 3), np.uint8)
+    if kind == ".gif" and max(arrange(blank, shown).size) > 65535:
+        raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
-    layout = Layout(model.config.sizes, options.pop("steps"), device)
-    options["cfg_start"] = args.cfg_start
-    codes = generate(model, tokenizer, labels, layout, args.seed, **options)
-    if kind == ".gif":
-        frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
-    else:
+    with write_whole(args.out) as file:
+        codes = generate(model, tokenizer, labels, layout, **options)
         frames = [decode_scale(tokenizer, codes, layout)]
-    save_pictures(args.out, frames, [names[i] for i in chosen])
-    said = ", ".join(f"{key} {value:g}" for key, value in options.items())
-    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, seed {args.seed}, {said}")
+        if kind == ".gif":
+            frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
+        settings = {"labels": labels.cpu(), "steps": P} | options
+        save_pictures(file, kind, frames, shown, settings)
+    said = ", ".join(f"{key} {value}" for key, value in options.items())
+    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, {said}")
 
 
 def main(arguments=None):
@@ -935,25 +970,30 @@ def main(arguments=None):
                     epilog="example: python ckgen.py runs/toy-2x/checkpoint.pt --class star ring")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
-    add("--class", dest="classes", nargs="+", metavar="NAME",
-        help="classes, by name or number, that take turns (default: all)")
+    add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
+        help="by name or number, in turn; none is no class (default: all, without --n up to 16)")
     add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale: fewer are faster")
     add("--cfg", type=within(float, 0, 1000), metavar="W",
         help="guidance: logits = cond + W (cond - uncond); 0 is off")
     add("--cfg-start", type=within(int, 0), default=5, metavar="STEP",
-        help="how many steps at the start have no guidance (default: 5)")
+        help="steps at the start without guidance; half, if there are no more (default: 5)")
     add("--temperature", type=within(float, 0, 100), metavar="T",
         help="divides the logits; 0 takes the likeliest codes")
-    add("--seed", type=within(int, 0), default=0, help="same seed, same images (default: 0)")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="same seed, same images")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU that has it)")
     add("--out", default="samples.png", help="default: samples.png. A .png is a grid, or the image "
-        "itself with --n 1; a .gif shows the steps; an .npz holds uint8 images in arr_0")
+        "itself with --n 1; a .gif shows the steps; an .npz holds uint8 images in arr_0, labels "
+        "and settings")
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    if args.checkpoint is None:
-        return explain()
-    parser.run(sample_to_file, args)
+    if args.checkpoint:
+        parser.run(sample_to_file, args)
+    elif arguments:
+        parser.error("options need a CHECKPOINT, and before --class")
+    else:
+        parser.run(explain)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -125,6 +127,18 @@ def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
         close(entropies[:, cell], entropy, 1e-4)
 
 
+def test_guidance_has_an_effect_however_few_steps_there_are():
+    """If there are no more than cfg_start, half of them are guided."""
+    for sizes, P, cfg_start, first in (((4,), 1, 5, 0), ((4,), 4, 5, 2), (SIZES, 1, 5, 1),
+                                       (SIZES, 1, 2, 2), (SIZES, 4, 5, 5)):
+        model, layout, _, labels, codebook = example(sizes, P)
+        plain, guided = (sample(model, codebook, labels, layout, cfg, cfg_start, temperature=0)
+                         for cfg in (0, 100))
+        assert ckgen.guided_from(cfg_start, layout) == first
+        before = layout.cell[1:layout.steps[first][1]]
+        assert equal(plain[:, before], guided[:, before]) and not equal(plain, guided), (sizes, P)
+
+
 def test_draws_follow_the_softmax_and_temperature_0_is_argmax(monkeypatch):
     logits, zero = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([0.0, 1.0, 1.0])
     for temperature in (0, 0.5):
@@ -220,6 +234,14 @@ def test_released_tensors_land_in_their_places(tmp_path):
     torch.save({"model": theirs, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
     for own, part in zip(parts, ckgen.load(tmp_path / "a.pth")):
         assert part.config == own.config and not differences(part.state_dict(), own.state_dict())
+    for sizes, P, cfg in ((SIZES, 4, 1.5), ((1, 4, 16), 8, 1.7)):  # the paper's, for its two ratios
+        length = sum(n * n for n in sizes)
+        theirs["embed_positions.weight"] = torch.zeros(length, 32)
+        theirs["llama.rotary_emb.position_embeddings.parametrizations.weight.original"] = \
+            torch.ones(length + 2, 32)
+        torch.save({"model": theirs}, tmp_path / "b.pth")
+        *_, defaults = ckgen.load(tmp_path / "b.pth")
+        assert defaults == {"steps": P, "cfg": cfg, "temperature": 1.0}
 
 
 @pytest.mark.skipif("CKGEN_GOLDEN" not in os.environ, reason="needs CKGEN_GOLDEN")
@@ -308,8 +330,10 @@ def train_on(codes, out, **changes):
     classes, path = ["a", "b", "c"], out / "checkpoint.pt"
     path.unlink(missing_ok=True)
     options = dict(sizes=SIZES, device=torch.device("cpu"), dtype=float32, out=out, seed=0,
-                   init=None, classes=classes, options={}, defaults={"steps": 4}, heads=2)
-    images = argparse.Namespace(classes=classes, labels=torch.arange(len(codes)) % 3)
+                   init=None, classes=classes, options={}, defaults={"steps": 4}, heads=2,
+                   redraw=False)
+    labels = torch.arange(len(codes)) % 3
+    images = argparse.Namespace(labels=labels, train=len(codes))
     train_tiny.train_transformer(argparse.Namespace(**PAPER["tiny"] | options | changes), images,
                                  random_tokenizer(64), codes[:, None].numpy().astype("u2") + 1)
     state = ckgen.read(path)
@@ -405,6 +429,102 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
     assert not differences(before, contents(finished))
 
 
+def test_steps_draw_the_pictures_of_a_finished_run_again(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    train("--out", run, "--steps", 2)
+    changed = {name for name, content in contents(run).items()
+               if differences(content, contents(finished)[name])}
+    assert changed == {"samples.png", "progress.gif", "pyramid.png"}
+
+
+def test_a_run_is_named_after_its_data(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data, name in ((f"{tmp_path}/birds/train", "birds"), (f"{tmp_path}/train/", "train"),
+                       ("cats", "cats")):
+        shutil.copytree(pictures, data)
+        train("--data", data, "--iters", 1)
+        expected = os.path.basename(tmp_path) if name == "train" else name
+        assert (tmp_path / "runs" / f"{expected}-2x" / "checkpoint.pt").exists(), data
+
+
+def test_the_log_shows_the_loss_on_held_out_images(finished):
+    log = np.genfromtxt(finished / "log.csv", delimiter=",", names=True)
+    model, tokenizer, *_ = ckgen.load(finished / "checkpoint.pt")
+    pictures, labels = train_tiny.Images(None, 16).held_out(32)
+    codes = train_tiny.encode(tokenizer, pictures, SIZES)
+    loss = train_tiny.held_out_loss(model, tokenizer.codebook(), codes, labels, Layout(SIZES, 4))
+    assert len(log) == 12 and abs(log["held_out"][-1] - loss[0]) < 1e-5, log["held_out"]
+
+
+def test_seeds_of_63_bits(finished, tmp_path):
+    torch.manual_seed(0)
+    assert equal(torch.rand(3, generator=train_tiny.seeded(argparse.Namespace(seed=5), 2, 7)),
+                 torch.rand(3, generator=torch.Generator().manual_seed(82_000_000_581)))
+    train("--out", tmp_path, "--seed", 2 ** 63 - 1, "--iters", 1)
+    assert ckgen.read(tmp_path / "checkpoint.pt")["options"]["seed"] == 2 ** 63 - 1
+    with pytest.raises(SystemExit):
+        train_tiny.main(["--seed", str(2 ** 63)])
+
+
+# Machines that people have ------------------------------------------------------------------------
+
+def test_windows_renames_no_mapped_file(finished, tmp_path, monkeypatch):
+    original = os.replace
+
+    def replace(source, target):
+        assert os.path.abspath(source) not in Path("/proc/self/maps").read_text(), source
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    train("--out", tmp_path / "run")
+    assert not differences(contents(finished), contents(tmp_path / "run"))
+
+
+# What raises an error of this number; the exit code; the complaint.
+FAULTS = [*[("fcntl.flock", error, None, "") for error in (38, 37, 95)],
+          ("fcntl.flock", 11, 2, "another process is at work"),
+          ("fcntl.flock", 13, 2, "another process is at work"),
+          ("mmap.mmap", 19, 2, r"codes-\w+.npy.tmp: cannot be mapped into memory"),
+          ("os.replace", 13, 2, "Permission denied"),  # on Windows, if it is open elsewhere
+          ("torch.save", 28, 2, "No space left on device")]
+
+
+@pytest.mark.parametrize("function, error, code, complaint", FAULTS)
+def test_faults_of_drives(function, error, code, complaint, tmp_path, monkeypatch, capsys):
+    """Drives without locks do not matter. All else is said in one line, and leaves nothing half."""
+    def fail(*args, **options):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(function, fail)
+    assert train("--out", tmp_path, "--iters", 1) == code
+    if code:
+        last = capsys.readouterr().err.split("\n")[-2]
+        assert re.search(f"py: error: .*{complaint}", last), last
+        assert not [path for path in tmp_path.rglob("*.tmp") if "codes" not in path.name]
+
+
+def test_main_in_a_thread_and_through_closed_or_narrow_pipes(finished, tmp_path, monkeypatch):
+    words = [f"{finished}/checkpoint.pt", "--n", "1", "--device", "cpu", "--out"]
+    out = [tmp_path / "thread.png", tmp_path / "\u00e9.png"]
+    thread = threading.Thread(target=ckgen.main, args=([*words, str(out[0])],))
+    thread.start()
+    thread.join()
+    python = f"{sys.executable} ckgen.py"
+    for line in (f"{python} | head -2", f"{python} 2>&-", f"{python} >&-",
+                 f"PYTHONIOENCODING=ascii {python} {' '.join(words)} {out[1]} 2>&-"):
+        ran = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True,
+                             cwd=Path(__file__).parent)
+        assert ran.returncode == 0 and not ran.stderr, (line, ran)
+    assert all(path.exists() for path in out)
+
+
+def test_memory_that_is_lacking_is_said_in_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ckgen.Parser(prog="x").run(torch.empty, 2 ** 60)
+    said = capsys.readouterr().err
+    assert said == "x: error: not enough memory; take fewer images or a smaller model\n"
+
+
 def test_init_takes_weights_and_tokenizer_of_a_model_of_another_scale(finished, tmp_path):
     source = finished / "checkpoint.pt"
     train("--out", tmp_path, "--init", source, "--scale", 4, "--iters", 1, "--lr", 1e-9)
@@ -416,12 +536,34 @@ def test_init_takes_weights_and_tokenizer_of_a_model_of_another_scale(finished, 
     assert not differences(old["tokenizer"], new["tokenizer"])
 
 
-def test_toy_runs_can_share_a_tokenizer(finished, tmp_path):
+def test_init_takes_other_classes_and_refuses_another_size_before_the_work(finished, pictures,
+                                                                           tmp_path, capsys):
+    options = ["--out", tmp_path / "run", "--init", finished / "checkpoint.pt", "--iters", 1]
+    assert train(*options, "--config", "S", "--codes", 16) == 2
+    source = ckgen.read(finished / "checkpoint.pt")
+    source["config"]["layers"] = 1
+    source["model"] = {name: x for name, x in source["model"].items() if "layers.1." not in name}
+    torch.save(source, tmp_path / "small.pt")
+    options[3] = tmp_path / "small.pt"
+    assert train(*options) == 2 and "its model has another size" in capsys.readouterr().err
+    assert not [*(tmp_path / "run").glob("codes*")]
+    options[3] = finished / "checkpoint.pt"
+    train(*options, "--data", pictures, "--lr", 1e-9)
+    old, new = (ckgen.read(run / "checkpoint.pt") for run in (finished, tmp_path / "run"))
+    changed = {name for name, value in old["model"].items()
+               if value.shape != new["model"][name].shape}
+    assert changed == {"class_embeddings.weight"} and new["classes"] == ["a", "b"]
+
+
+def test_runs_can_share_a_small_tokenizer(finished, pictures, tmp_path):
+    """It keeps its image size and the recipe's steps, with other pictures too."""
     source = finished / "tokenizer.pt"
-    train("--out", tmp_path, "--tokenizer", source, "--scale", 4, "--iters", 1)
-    old, new = (ckgen.read(path) for path in (source, tmp_path / "checkpoint.pt"))
-    assert old["options"]["image_size"] == new["options"]["image_size"], new["options"]
-    assert not differences(old["tokenizer"], new["tokenizer"])
+    for name, options in (("toy", ["--scale", 4, "--iters", 1]), ("own", ["--data", pictures])):
+        train("--out", tmp_path / name, "--tokenizer", source, *options)
+        old, new = (ckgen.read(path) for path in (source, tmp_path / name / "checkpoint.pt"))
+        assert new["options"]["image_size"] == 16, new["options"]
+        assert new["options"]["iters"] == (1 if name == "toy" else 12)
+        assert not differences(old["tokenizer"], new["tokenizer"])
 
 
 def test_codes_belong_to_their_tokenizer(finished, tmp_path):
@@ -434,9 +576,9 @@ def test_codes_belong_to_their_tokenizer(finished, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(TypeError):
-        ckgen.write_whole(tmp_path / "file", lambda file: file.write(b"new") + file.write(None))
-    assert (tmp_path / "file").read_text() == "old"
+    with pytest.raises(TypeError), ckgen.write_whole(tmp_path / "file") as file:
+        file.write(b"new" + None)
+    assert (tmp_path / "file").read_text() == "old" and len([*tmp_path.iterdir()]) == 1
 
 
 @pytest.fixture(scope="session")
@@ -467,17 +609,131 @@ def test_reads_whatever_pillow_opens(tmp_path):
         assert abs(read[:, [0, 7]] - [[77], [255]]).max() <= 1, (path, read[0])
 
 
-def test_unreadable_pictures_are_named_and_black(pictures, capsys, tmp_path):
+def test_exif_that_cannot_be_written_again_is_no_damage(tmp_path, monkeypatch):
+    turned, values = Image.Exif(), np.repeat([[77, 255]], 8, 1).repeat(16, 0)
+    turned[0x0112] = 6  # to be shown turned right by 90 degrees
+    Image.fromarray(values.astype("u1")).save(tmp_path / "a.png", exif=turned)
+    monkeypatch.delattr(Image.Exif, "tobytes")
+    read = np.array(train_tiny.read_picture(tmp_path / "a.png", 16), int)
+    assert abs(read[[0, 15]] - [[[77]], [[255]]]).max() <= 1, read[:, 0]
+
+
+def make_files(folder, *names):
+    """Write small pictures, and other files where the name says so."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".png", ".jpeg", ".gif"):
+            colour = tuple(np.random.default_rng(i).integers(1, 256, 3).tolist())
+            Image.new("RGB", (12, 12), colour).save(path, {".gif": "GIF"}.get(path.suffix, "PNG"))
+        else:
+            path.write_text("n01443537\tgoldfish, Carassius auratus\n")
+
+
+def test_finds_what_ImageFolder_finds(tmp_path):
+    """In the layout of Tiny ImageNet: at any depth, any extension that pillow opens, through links;
+    no folder twice, nothing hidden, no text."""
+    data = tmp_path / "tiny" / "train"
+    make_files(data, "n01443537/images/0.JPEG", "n01443537/n01443537_boxes.txt", "n2/1.Png",
+               "n2/.hidden.png", "n2/.git/2.png", "n2/Thumbs.db", "stray.png", "empty/a.txt")
+    make_files(tmp_path, "elsewhere/deep/3.gif", "tiny/words.txt")
+    os.symlink(tmp_path / "elsewhere", data / "n3")
+    os.symlink(data, data / "n2" / "loop")
+    os.symlink(data / "n01443537", data / "n2" / "other")
+    os.symlink(data / "n2", data / "twice")
+    os.mkfifo(data / "n2" / "fifo.png")  # a program that opens it waits for ever
+    images = train_tiny.Images(data, 8)
+    found = {os.path.relpath(path, data): images.classes[label]
+             for path, label in zip(images.paths, images.labels)}
+    assert found == {"n01443537/images/0.JPEG": "goldfish", "n2/1.Png": "n2",
+                     "n3/deep/3.gif": "n3"}, found
+    assert images.found == ("3 pictures of 3 classes; left out: 6 other files, empty folders "
+                            "empty, twice")
+    for path in (data / "empty", tmp_path / "elsewhere" / "deep"):
+        with pytest.raises(ValueError, match=r"needs a folder of pictures .* found 0 pictures"):
+            train_tiny.Images(path, 8)
+
+
+def test_each_picture_is_held_out_by_its_name_alone():
+    """One in twenty, 2000 at most; of each class one is always trained on."""
+    names = [f"{i % 40}/{i}.png" for i in range(4000)] + ["alone/1.png"]
+    order, train = train_tiny.hold_out(names)
+    held_out = {*order[train:]}
+    assert sorted(order) == sorted(names) and 100 < len(held_out) < 300, len(held_out)
+    for removed in (names[7], order[-1]):
+        fewer, train = train_tiny.hold_out([name for name in names if name != removed])
+        assert {*fewer[train:]} == held_out - {removed}
+    for i in range(500):
+        order, train = train_tiny.hold_out([f"{i}/{j}.png" for j in range(2)])
+        assert train >= 1, order
+    order, train = train_tiny.hold_out([f"a/{i}" for i in range(60000)])
+    assert train == 58000
+
+
+def test_a_damaged_picture_is_named_and_the_next_of_its_class_is_taken(pictures, capsys, tmp_path):
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    os.mkfifo(folder / "b" / "fifo.png")  # a program that opens it waits for ever
-    (folder / "b" / "bad.png").write_bytes(b"\x89PNG broken")
-    images = train_tiny.Images(folder, 8)
-    assert len(images.paths) == 121 and images.classes == ["a", "b"]
-    black = [path for i, path in enumerate(images.paths) if not images.read([i]).any()]
-    assert black == [str(folder / "b" / "bad.png")] and "bad.png" in capsys.readouterr().err
-    (folder / "b" / "worse.png").write_text("")
+    size = (40000).to_bytes(4) + (30000).to_bytes(4)
+    huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + size + b"\x08\0\0\0\0"  # 1.2 gigapixels
+    for name, content in (("b/bad.png", b"\x89PNG broken"), ("b/empty.png", b""),
+                          ("a/huge.png", huge + zlib.crc32(huge[12:]).to_bytes(4))):
+        (folder / name).write_bytes(content)
+    images, clean = train_tiny.Images(folder, 8), train_tiny.Images(pictures, 8)
+    good = {os.path.relpath(path, pictures): clean.read([i])
+            for i, path in enumerate(clean.paths)}
+    for i, path in enumerate(images.paths):
+        name, picture = os.path.relpath(path, folder), images.read([i])
+        assert equal(picture, images.read([i]))
+        alike = [value for other, value in good.items() if other[0] == name[0]]
+        assert equal(picture, good[name]) if name in good else any(equal(picture, x) for x in alike)
+    said = capsys.readouterr().err
+    assert sorted(re.findall(r"(\w+).png': damaged", said)) == ["bad", "empty", "huge"], said
+    (folder / "b" / "fourth.png").write_text("")
     with pytest.raises(ValueError, match="1 %"):
-        train_tiny.Images(folder, 8).read(range(122))
+        train_tiny.Images(folder, 8).read(range(124))
+
+
+def test_a_fault_of_the_machine_leaves_no_wrong_code(pictures, tmp_path, monkeypatch, capsys):
+    """Reading is tried once more; then the run stops, and the next start goes on."""
+    command = ["--data", pictures, "--config", "tiny", "--iters", 1, "--out"]
+    train(*command, tmp_path / "whole")
+    original, opened = Image.open, []
+    for fault, times, code in ((OSError(5, "Input/output error"), 1, None),
+                               (MemoryError(), 1, None),
+                               (OSError(24, "Too many open files"), 99, 2)):
+        def failing(path):
+            opened.append(path)
+            if 60 <= len(opened) < 60 + times:
+                raise type(fault)(*fault.args)
+            return original(path)
+
+        monkeypatch.setattr(Image, "open", failing)
+        out = tmp_path / f"{len(opened)}-{times}"
+        opened.clear()
+        assert train(*command, out) == code, fault
+        said = capsys.readouterr().err
+        monkeypatch.setattr(Image, "open", original)
+        if code:
+            assert "py: error: [Errno 24] Too many" in said.split("\n")[-2], said
+            assert train(*command, out) is None, capsys.readouterr().err
+        codes, whole = (np.load(*run.glob("codes-*")) for run in (out, tmp_path / "whole"))
+        assert np.array_equal(codes, whole), fault
+
+
+def test_codes_belong_to_the_files(pictures, tmp_path, capsys):
+    """A folder may move. Files that change are coded anew, but not once there is a checkpoint."""
+    moved, out = tmp_path / "moved", tmp_path / "run"
+    options = ["--out", out, "--iters", 1]
+    train("--data", pictures, *options)
+    shutil.copytree(pictures, moved)
+    assert train("--data", moved, *options) is None
+    Image.new("RGB", (9, 9)).save(moved / "a" / "0.png")
+    assert train("--data", moved, *options) == 2
+    assert "not the files that the run" in capsys.readouterr().err
+    (out / "checkpoint.pt").unlink()
+    tokenizer = (out / "tokenizer.pt").read_bytes()
+    assert train("--data", moved, *options) is None
+    assert capsys.readouterr().out.count("the codes are made again") == 1
+    assert tokenizer == (out / "tokenizer.pt").read_bytes() and len([*out.glob("codes-*")]) == 2
 
 
 def test_ten_crops():
@@ -551,7 +807,22 @@ def test_sampling_by_command(finished, tmp_path):
     assert np.array_equal(one, draw("--class 4 --n 1"))  # the image itself, without a border
     assert not np.array_equal(one, draw("--class 4 --n 1 --seed 1"))
     assert draw("", "a.npz").shape == (64, 16, 16, 3)  # eight of each class
+    everything = np.load(tmp_path / "a.npz")
+    assert everything["labels"].tolist() == [*range(8)] * 8
+    settings = {key: everything[key].item() for key in everything if key not in ("arr_0", "labels")}
+    assert settings == {"steps": 4, "cfg": 0.5, "cfg_start": 5, "temperature": 0.5, "seed": 0}
+    draw("--class none star 8 --n 4", "a.npz")
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == [8, 4, 8, 8]
     assert draw("--n 4 --steps 2 --dtype bfloat16", "a.gif").n_frames == 5
+
+
+def test_a_checkpoint_without_checksums_is_valid(finished, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(ckgen.read(finished / "checkpoint.pt"), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not differences(ckgen.read(tmp_path / "a.pt"), ckgen.read(finished / "checkpoint.pt"))
 
 
 FIGURE_3 = """
@@ -596,22 +867,34 @@ del state["tokenizer"] | ckgen ok.pt | ok.pt: damaged
 | ckgen ok.pt --class dog | --class dog: not a number, nor among circle, ring
 | ckgen ok.pt --cfg nan | nan
 | ckgen ok.pt --out no/x.png | no/x.png
+| ckgen ok.pt --out a.jpg | a.jpg: must be a .png, .gif or .npz file
+| ckgen ok.pt --out old.png | old.png: must be a .png, .gif or .npz file
+| ckgen ok.pt --out LONG.png | File name too long
+| ckgen ok.pt --n 6000 --out a.gif | at most 65,535 pixels a side
+| ckgen ok.pt --n 999999999 --out a.npz | not enough memory
 | train --image-size 30 | multiple of 4
-| train --data hollow | hollow: needs folders
+| train --data hollow | hollow: needs a folder of pictures for each class; found 0 pictures of 0
+data = b"" | ckgen bad.pt | no checkpoint, but a file that starts with b''
+data = b"version https://git-lfs.github.com/spec/v1" | ckgen bad.pt | starts with b'version https
+data = b"<!DOCTYPE html><html>Not found" | ckgen bad.pt | no checkpoint, but a file that starts with
+data = tokenizer | ckgen bad.pt | not a checkpoint, perhaps a tokenizer
+| ckgen --class star ok.pt --out a.png | options need a CHECKPOINT
+| ckgen --n 4 | options need a CHECKPOINT
 data = data[:1000] | train --init bad.pt | bad.pt: damaged
 state["options"]["pictures"] = 1 | train --out old | not the files"""
 
 
 @pytest.mark.parametrize("line", BAD_INPUT.strip().split("\n"))
 def test_bad_input_gets_one_line_and_writes_nothing(line, finished, tmp_path, monkeypatch, capfd):
-    fault, words, complaint = line.split("| ")
+    fault, words, complaint = line.replace("LONG", "x" * 250).split("| ")
     monkeypatch.chdir(tmp_path)
-    for folder in ("full/a", "hollow/a", "hollow/b", "old"):
+    monkeypatch.delattr(ckgen, "generate")  # it is said before the sampling
+    for folder in ("hollow/a", "hollow/b", "old", "old.png"):
         os.makedirs(folder)
-    for name in ("full/a/1.png", "hollow/a/1.png"):
-        Path(name).touch()
+    Path("hollow/a/1.txt").touch()
     data, state = (finished / "checkpoint.pt").read_bytes(), ckgen.read(finished / "checkpoint.pt")
-    names = globals() | {"data": data, "state": state}
+    tokenizer = (finished / "tokenizer.pt").read_bytes()
+    names = globals() | {"data": data, "state": state, "tokenizer": tokenizer}
     exec(fault, names)
     Path("bad.pt").write_bytes(names["data"])
     torch.save(state, "ok.pt")

@@ -22,16 +22,12 @@ import functools
 import math
 import os
 import re
-import signal
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C prints no traceback while torch loads
 
 import numpy as np
 import torch
@@ -48,6 +44,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+Image.MAX_IMAGE_PIXELS = 5 * 10 ** 8  # pillow refuses what has twice as many, a gigapixel
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -85,7 +82,8 @@ def lr_factor(run, step):
 
 def seeded(run, stage, step):
     """The generator of all random draws of one step."""
-    return torch.Generator().manual_seed((run.seed * 16 + stage) * 1_000_000_007 + step)
+    seed = (run.seed * 16 + stage) * 1_000_000_007 + step
+    return torch.Generator().manual_seed(seed % 2 ** 64)
 
 
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
@@ -94,8 +92,7 @@ def train_transformer(run, images, tokenizer, codes):
     """Train on codes + 1 (images, views, L) until checkpoint.pt holds run.iters steps."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
-    config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
-                    run.heads, run.ffn)
+    config = model_config(run, tokenizer.config)
     torch.manual_seed(run.seed)
     model = Checkerboard(config).to(device)
     optimizers = make_optimizers(model, run)
@@ -109,6 +106,10 @@ def train_transformer(run, images, tokenizer, codes):
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     parts = parts_that_fit(run, config)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
+    held_out = None  # codes and labels of so many images that they take a twentieth of the time
+    if images.train < len(images.labels):
+        pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20))
+        held_out = encode(tokenizer, pictures, run.sizes), labels
     losses, saved, cost = 0, time.monotonic(), 0.0
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
@@ -139,14 +140,16 @@ def train_transformer(run, images, tokenizer, codes):
         # Log, save. Checkpoints and pictures take a twentieth of the time at most.
         last = step + 1 == run.iters
         if (step + 1) % every == 0 or last:
-            count = step + 1 - (log[-1]["step"] if log else 0)
-            names = ["loss"] + [f"loss_{n}x{n}" for n in run.sizes]
-            means = (losses / count).tolist()
+            mean, *by_scale = (losses / ((step + 1) % every or every)).tolist()
             losses = 0
-            log.append({"step": step + 1, "lr": lr} | dict(zip(names, means)))
-            bar.set_postfix(loss=f"{means[0]:.4f}")
-            if not math.isfinite(means[0]):
-                raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
+            if not math.isfinite(mean):
+                raise ValueError(f"the loss is {mean} at step {step + 1}: try a smaller --lr")
+            unseen, layout = math.nan, layout_of(run.defaults["steps"])
+            if held_out:
+                unseen = held_out_loss(model, codebook, *held_out, layout)[0].item()
+            log.append({"step": step + 1, "lr": lr, "loss": mean, "held_out": unseen}
+                       | {f"loss_{n}x{n}": loss for n, loss in zip(run.sizes, by_scale)})
+            bar.set_postfix(loss=f"{mean:.4f}", held_out=f"{unseen:.4f}")
             if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
                 start = time.monotonic()
                 draw_pictures(run, model, tokenizer)
@@ -154,6 +157,14 @@ def train_transformer(run, images, tokenizer, codes):
                 save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, log)
                 saved = time.monotonic()
                 cost = saved - start
+    if first == run.iters and run.redraw and RANK == 0:
+        draw_pictures(run, model, tokenizer)
+
+
+def model_config(run, tokenizer):
+    """The Config of a run's model, for a TokenizerConfig."""
+    return Config(run.sizes, len(run.classes), tokenizer.codes, tokenizer.code_dim, run.width,
+                  run.layers, run.heads, run.ffn)
 
 
 def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
@@ -162,7 +173,8 @@ def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
              "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "classes": run.classes, "defaults": run.defaults, "options": run.options,
              "tokenizer": tokenizer.state_dict(), "tokenizer_config": asdict(tokenizer.config)}
-    ckgen.write_whole(path, functools.partial(torch.save, state))
+    with ckgen.write_whole(path) as file:
+        torch.save(state, file)
 
 
 def resume(path, model, optimizers):
@@ -238,18 +250,20 @@ def make_optimizers(model, run):
 
 
 def start_from(model, codebook, path):
-    """Start from a trained model, also of another scale ratio (footnote 2). Tables of positions of
-    another length keep their own start (as released). Raises ValueError if the rest differs."""
+    """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
+    Tables of positions or classes of another length keep their own start (as released). Raises
+    ValueError if the rest differs."""
     source, tokenizer, *_ = ckgen.load(path)
     if not torch.equal(tokenizer.codebook(), codebook.cpu()):
         raise ValueError(f"--init {path}: its tokenizer has another codebook")
     own, source = model.state_dict(), source.state_dict()
-    for name in source.keys() & own.keys():
-        if name.endswith(("embed_positions.weight", "rope")):
-            if len(source[name]) != len(own[name]):
-                source[name] = own[name]
-    with ckgen.contents_of(path):
+    for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
+        if len(source[name]) != len(own[name]):
+            source[name] = own[name]
+    try:
         model.load_state_dict(source)
+    except RuntimeError:
+        raise ValueError(f"--init {path}: its model has another size") from None
 
 
 def parts_that_fit(run, config):
@@ -270,18 +284,16 @@ def parts_that_fit(run, config):
 @torch.no_grad()
 def held_out_loss(model, codebook, codes, labels, layout):
     """Mean cross-entropy over images of codes (n, L), as loss_by_scale returns it."""
-    total = 0
-    for x, y in zip(codes.split(64), labels.split(64)):
-        x, y = x.to(codebook.device), y.to(codebook.device)
-        total = total + len(x) * loss_by_scale(model(codebook[x], y, layout), x, layout)
+    parts = zip(codes.split(64), labels.to(codes.device).split(64))
+    total = sum(len(x) * loss_by_scale(model(codebook[x], y, layout), x, layout) for x, y in parts)
     return (total / len(codes)).cpu()
 
 
 def write_log(run, rows):
     """Write log.csv."""
-    table = functools.partial(np.savetxt, X=[[*row.values()] for row in rows], fmt="%.7g",
-                              delimiter=",", header=",".join(rows[0]), comments="")
-    ckgen.write_whole(f"{run.out}/log.csv", table)
+    table = [[*row.values()] for row in rows]
+    with ckgen.write_whole(f"{run.out}/log.csv") as file:
+        np.savetxt(file, table, "%.7g", ",", header=",".join(rows[0]), comments="")
 
 
 def draw_pictures(run, model, tokenizer):
@@ -302,7 +314,8 @@ def draw_pictures(run, model, tokenizer):
     for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
                        ("pyramid.png", functools.partial(pyramid.save, format="PNG")),
                        ("progress.gif", functools.partial(ckgen.save_gif, frames))):
-        ckgen.write_whole(f"{run.out}/{name}", save)
+        with ckgen.write_whole(f"{run.out}/{name}") as file:
+            save(file)
 
 
 # 3. The tokenizer's training (Sec. 3.3), and the codes of all images ------------------------------
@@ -325,7 +338,8 @@ def make_tokenizer(run, images):
             train_tokenizer(run, images, tokenizer, refit=bool(given))
         state = {"tokenizer": tokenizer.state_dict(), "options": run.options,
                  "tokenizer_config": asdict(tokenizer.config)}
-        ckgen.write_whole(path, functools.partial(torch.save, state))
+        with ckgen.write_whole(path) as file:
+            torch.save(state, file)
     barrier()
     return ckgen.load_tokenizer(path, run.device)
 
@@ -397,25 +411,36 @@ def code_images(run, images, tokenizer):
     if RANK == 0 and not os.path.exists(path):
         part = f"{path}.tmp"
         started = os.path.exists(part) and os.path.getsize(part) > 2 * math.prod(shape)
-        codes = np.lib.format.open_memmap(part, "r+" if started else "w+", np.uint16, shape)
+        codes = map_codes(part, "r+" if started else "w+", shape)
         first = np.count_nonzero(codes[:, -1, -1])
-        bar = tqdm(total=len(codes), initial=first, desc="coding images", unit="image")
-        for start in range(first, len(codes), 32):
-            numbers = range(start, min(start + 32, len(codes)))
-            pictures = images.read(numbers)
+        for start in tqdm(range(first, len(codes), 32), "coding images", unit="batch"):
+            pictures = images.read(range(start, min(start + 32, len(codes))))
             for view in range(images.views):
-                crops = as_input(crop(pictures, images.size, view)).to(run.device)
-                coded = tokenizer.encode_pyramid(crops, run.sizes) + 1      # (32, L)
-                codes[start:start + 32, view] = coded.cpu().numpy()
-            bar.update(len(numbers))
-        bar.close()
+                coded = encode(tokenizer, crop(pictures, images.size, view), run.sizes) + 1
+                codes[start:start + 32, view] = coded.cpu().numpy()         # (32, L)
         codes.flush()
+        del codes  # this closes the file: Windows renames none that is open
         os.replace(part, path)
     barrier()
-    codes = np.load(path, mmap_mode="r")
+    codes = map_codes(path, "r")
     if codes.shape != shape or codes.dtype != np.uint16:
         raise ValueError(f"{path}: damaged; remove it, and the same command makes it again")
     return codes
+
+
+def map_codes(path, mode, shape=None):
+    """A file of codes as an array. Raises ValueError if it cannot be mapped."""
+    try:
+        return np.lib.format.open_memmap(path, mode, np.uint16, shape)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be mapped into memory here: {error}") from None
+
+
+def encode(tokenizer, pictures, sizes):
+    """Pictures (n, 3, h, h), uint8, to the codes (n, L) of their pyramids."""
+    device = tokenizer.codebook_weight.device
+    return torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), sizes)
+                      for part in pictures.split(64)])
 
 
 # 4. Images ----------------------------------------------------------------------------------------
@@ -428,50 +453,65 @@ class Images:
     """
 
     def __init__(self, folder, size):
-        self.size, self.unreadable = size, set()
+        self.size, self.damaged, self.paths = size, set(), None
         if folder is None:
-            self.classes, self.views, self.side = list(SHAPES), 1, size
-            self.paths, held_out = None, 2000
-            self.labels = torch.arange(24000 + held_out) % len(SHAPES)
+            self.classes, self.views, self.side, self.train = list(SHAPES), 1, size, 24000
+            self.labels = torch.arange(26000) % len(SHAPES)
+            self.found, identity = "toy shapes", "\n".join(SHAPES)
         else:
-            self.classes = sorted(entry.name for entry in os.scandir(folder)
-                                  if entry.is_dir() and not entry.name.startswith("."))
-            files = [(entry.path, label) for label, name in enumerate(self.classes)
-                     for entry in os.scandir(os.path.join(folder, name))
-                     if entry.is_file() and not entry.name.startswith(".")]
-            files.sort()
-            if not files or len({label for _, label in files}) < len(self.classes):
-                raise ValueError(f"--data {folder}: needs folders of pictures, one for each class")
-            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-            self.paths, self.labels = zip(*[files[i] for i in order])
-            self.labels, held_out = torch.tensor(self.labels), min(2000, len(files) // 20)
+            pictures, others = find_pictures(folder)
+            names, self.train = hold_out(pictures)
+            classes, labels = np.unique([class_of(name) for name in names], return_inverse=True)
+            empty = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {*classes}
+            self.found = (f"{len(names):,} pictures of {len(classes)} classes; left out: {others:,}"
+                          f" other files, empty folders {', '.join(sorted(empty)) or 'none'}")
+            if not names:
+                raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
+                                 f"found {self.found}")
+            self.paths = [os.path.join(folder, name) for name in names]
+            self.labels = torch.from_numpy(labels)
+            self.classes = class_names(folder, classes.tolist())
             self.views, self.side = 10, max(size + 1, round(size * 281 / 256))  # 281: as released
-        self.train = len(self.labels) - held_out
-        names = [os.path.relpath(path, folder) for path in self.paths or ()]
-        self.fingerprint = zlib.crc32("\n".join(names + self.classes).encode(errors="replace"))
+            identity = "\n".join(f"{name} {pictures[name]}" for name in names)
+        self.fingerprint = checksum(identity)
 
-    def read(self, numbers):
-        """Pictures (k, 3, side, side), uint8."""
+    def read(self, numbers, again=True):
+        """Pictures (k, 3, side, side), uint8. A fault of the machine is tried once again."""
         if self.paths is None:
             pictures = [np.array(draw_shape(number, self.side)) for number in numbers]
         else:
-            with ThreadPoolExecutor() as pool:
-                pictures = list(pool.map(self.read_one, numbers))
-        if len(self.unreadable) > 0.01 * len(self.labels):
-            raise ValueError(f"--data: more than 1 % of the files are unreadable, "
-                             f"{min(self.unreadable)} for one")
+            try:
+                with ThreadPoolExecutor() as pool:
+                    pictures = list(pool.map(self.read_one, numbers))
+            except (OSError, MemoryError):
+                if again:
+                    return self.read(numbers, again=False)
+                raise
+        if len(self.damaged) > max(3, 0.01 * len(self.labels)):
+            raise ValueError(f"--data: more than 1 % of the files are damaged, {min(self.damaged)} "
+                             "for one")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
-        """A file as (side, side, 3). An unreadable one is reported and replaced by black."""
-        path = self.paths[number]
-        try:
-            return np.array(read_picture(path, self.side))
-        except Exception as error:  # a damaged file can raise anything
-            if path not in self.unreadable:
-                tqdm.write(f"{path!r}: black instead: {error}", sys.stderr)
-            self.unreadable.add(path)
-            return np.zeros((self.side, self.side, 3), np.uint8)
+        """A file as (side, side, 3). A damaged one is named, and the next training picture of its
+        class is taken. An error that has an errno is the machine's, and raised."""
+        for other in self.alike(number):
+            path = self.paths[other]
+            try:
+                return np.array(read_picture(path, self.side))
+            except Exception as error:  # a damaged file can raise anything
+                if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                    raise
+                if path not in self.damaged:
+                    tqdm.write(f"{path!r}: damaged, another is taken: {error}", sys.stderr)
+                self.damaged.add(path)
+        raise ValueError(f"--data: {path} is damaged, and so is all that could replace it")
+
+    def alike(self, number):
+        """This number, then those of all training pictures of its class, in turn."""
+        yield number
+        same = (self.labels[:self.train] == self.labels[number]).nonzero().flatten()
+        yield from torch.cat([same[same > number], same[same < number]]).tolist()
 
     def batch(self, k, generator):
         """k training images (k, 3, size, size) in [-1, 1], drawn with replacement and in one view,
@@ -481,12 +521,62 @@ class Images:
         pictures = crop(self.read(numbers.tolist()), self.size, view)
         return as_input(pictures), self.labels[numbers]
 
-    def held_out(self):
-        """The held-out images (m, 3, size, size), uint8, and their labels (m,)."""
-        if len(self.labels) - self.train < 2:
-            raise ValueError("--data: it takes 40 pictures to hold some out")
-        numbers = range(self.train, len(self.labels))
-        return crop(self.read(numbers), self.size), self.labels[self.train:]
+    def held_out(self, n=2000):
+        """The first n held-out images (n, 3, size, size), uint8, and their labels (n,)."""
+        numbers = range(self.train, len(self.labels))[:n]
+        return crop(self.read(numbers), self.size), self.labels[self.train:][:n]
+
+
+def find_pictures(folder):
+    """What torchvision's ImageFolder finds, below each class folder at any depth: the pictures, as
+    {name relative to the folder: bytes}, and how many other files there are. Links are followed,
+    no folder is read twice, and hidden ones are left out."""
+    kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
+    for path, inner, names in os.walk(folder, followlinks=True):
+        shown = sorted((name for name in inner if name[0] != "."), reverse=True)
+        real = {os.path.realpath(os.path.join(path, name)): name for name in shown}
+        inner[:] = sorted(real[place] for place in real.keys() - seen)
+        seen |= real.keys()
+        for file in names:
+            kind = kinds.get(os.path.splitext(file)[1].lower())
+            place = os.path.join(path, file)
+            name = os.path.relpath(place, folder).replace(os.sep, "/")
+            if "/" in name and file[0] != "." and kind in Image.OPEN and os.path.isfile(place):
+                pictures[name] = os.path.getsize(place)
+            else:
+                others += 1
+    return pictures, others
+
+
+def class_names(folder, classes):
+    """The names of classes by a words.txt in the folder or above it: n01443537 is goldfish."""
+    for path in filter(os.path.isfile, (f"{folder}/words.txt", f"{folder}/../words.txt")):
+        with open(path, encoding="utf8") as file:
+            words = dict(line.strip().partition("\t")[::2] for line in file)
+        names = [words.get(name, name).split(",")[0] for name in classes]
+        return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
+    return classes
+
+
+def class_of(name):
+    """The class folder of a file."""
+    return name.split("/")[0]
+
+
+def checksum(text):
+    """A number of 32 bits."""
+    return zlib.crc32(text.encode(errors="surrogateescape"))
+
+
+def hold_out(names):
+    """The names of all files in an order of their own, those to train on first; and how many those
+    are. One in twenty is held out, at most 2000, but never the last of a class. As its name
+    decides, a file that is removed moves no other."""
+    names = sorted(sorted(names), key=checksum)
+    last = {class_of(name): name for name in names}.values()
+    twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20]
+    held_out = set([name for name in twentieth if name not in last][:2000])
+    return sorted(names, key=held_out.__contains__), len(names) - len(held_out)
 
 
 def crop(pictures, size, view=4):
@@ -507,6 +597,8 @@ def read_picture(path, side):
     it is transparent, cut to a square. Values of 16 or 32 bits are scaled to 8."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a smaller size
+        image.getexif()  # reads the EXIF; some cannot be written again, which exif_transpose does
+        image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
@@ -580,27 +672,30 @@ def fill_options(args, dtype):
         if os.path.exists(path):
             options = ckgen.read(path)["options"]
             for key, value in given.items():
-                if value != options.get(key):
+                moved = key == "data" and options["data"]  # see open_images
+                if value != options.get(key) and not moved:
                     raise ValueError(f"{args.out} holds a run with --{key.replace('_', '-')} "
                                      f"{options.get(key)}; remove it, or name another --out")
-            return options
+            return options | given
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
     options |= {"config": config, "scale": "2", "seed": 0}
-    if args.tokenizer and args.data:  # for the paper's epochs, see `train`
+    if given.keys() >= {"init", "codes"}:
+        raise ValueError("--codes: a model of --init needs the codebook that it was trained with")
+    if args.tokenizer and not ckgen.load_tokenizer(args.tokenizer).config.channels:
+        options["image_size"] = ckgen.read(args.tokenizer)["options"]["image_size"]
+    elif args.tokenizer and args.data:  # a VQGAN: the paper's epochs, see `train`
         options |= {"image_size": 256, "iters": None}
     if args.tokenizer or args.init:
         options["codes"] = None  # its own
-    options |= given
-    if options["init"]:
-        ckgen.load(options["init"])  # refused now if it is no checkpoint, not after the coding
-    return options
+    return options | given
 
 
 def make_run(options, out, P, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
-                             dtype=dtype, out=out)
+                             dtype=dtype, out=out, redraw=P is not None)
+    P = P or 4
     if run.data and run.config != "tiny":
         run.defaults = {"steps": P, "cfg": 1.5, "temperature": 1.0}
     else:  # more guidance mixes the colours of toy shapes
@@ -609,11 +704,17 @@ def make_run(options, out, P, device, dtype):
 
 
 def open_images(run):
-    """The images of a run. Raises ValueError if they are not those that it began with."""
+    """The images of a run. If they are not those that it began with, the tokenizer is kept; but
+    raises ValueError if there is a checkpoint.pt already."""
     images = Images(run.data, run.image_size)
     run.classes = images.classes
     if run.options.setdefault("pictures", images.fingerprint) != images.fingerprint:
-        raise ValueError(f"--data {run.data}: not the files that the run in {run.out} began with")
+        if os.path.exists(f"{run.out}/checkpoint.pt"):
+            raise ValueError(f"--data {run.data}: not the files that the run in {run.out} began "
+                             "with; put them back, or name another --out")
+        if RANK == 0:
+            print("the files have changed: the tokenizer is kept, and the codes are made again")
+        run.options["pictures"] = images.fingerprint
     return images
 
 
@@ -630,15 +731,18 @@ def lock(folder):
     try:
         if fcntl and RANK == 0:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"{folder}: another process is at work in it") from None
+    except OSError:
+        pass  # some network drives have no locks
     return file
 
 
 def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
-    source = os.path.basename(os.path.abspath(args.data)) if args.data else "toy"
+    *_, above, source = os.path.abspath(args.data or "toy").split(os.sep)
+    source = above if source == "train" else source  # tiny-imagenet-200/train, for one
     args.out = args.out or f"runs/{source}-{args.scale or 2}x"
     locked = lock(args.out)
     options = [fill_options(args, dtype) if RANK == 0 else None]
@@ -655,24 +759,23 @@ def train(args):
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
-    config = ckgen.load_tokenizer(given).config if given else TokenizerConfig(codes=run.codes)
+    tokenizer = ckgen.load_tokenizer(given) if given else None
+    config = tokenizer.config if given else TokenizerConfig(codes=run.codes)
     if run.image_size % config.stride or run.batch_size % WORLD:
         raise ValueError(f"--image-size must be a multiple of {config.stride}, --batch-size of "
                          f"{WORLD}")
     run.sizes = ckgen.scale_sizes(run.image_size // config.stride, SCALES[run.scale])
+    if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):  # what does not fit is said now
+        start_from(Checkerboard(model_config(run, config)), tokenizer.codebook(), run.init)
     if RANK == 0:
-        print(f"{run.out}: {images.train} images of {len(images.classes)} classes, config "
-              f"{run.config}, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
+        print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
+              f"maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
     tokenizer = make_tokenizer(run, images)
     codes = code_images(run, images, tokenizer)
     train_transformer(run, images, tokenizer, codes)
     if RANK == 0:
-        for name, what in (("samples.png", "a row of samples for each class"),
-                           ("progress.gif", "an image of each class after every step (Fig. 1)"),
-                           ("pyramid.png", "the same images, each scale a picture by itself"),
-                           ("log.csv", "losses and learning rate")):
-            if os.path.exists(f"{run.out}/{name}"):
-                print(f"{run.out}/{name:15s} {what}")
+        print(f"in {run.out}: samples.png (a row for each class), progress.gif (images after every "
+              "step, Fig. 1), pyramid.png (each scale by itself), log.csv (losses)")
         print(f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
               f"      python study/evaluate.py {run.out}/checkpoint.pt")
     locked.close()
@@ -687,8 +790,8 @@ def main(arguments=None):
         epilog="example: python train_tiny.py --scale 2 --steps 4")
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=SCALES, help="ratio between scales; 1: a single scale (default: 2)")
-    add("--steps", type=within(int, 1), default=4, metavar="P",
-        help="steps for each scale when drawing (default: 4); training draws P at random")
+    add("--steps", type=within(int, 1), metavar="P", help="steps for each scale when drawing "
+        "(default: 4); training draws P at random. A finished run draws its pictures again")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
@@ -706,13 +809,14 @@ def main(arguments=None):
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
-    add("--seed", type=within(int, 0), help="same seed, same machine: same weights (default: 0)")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1),
+        help="same seed, same machine: same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     args = parser.parse_args(arguments)
     try:
         parser.run(train, args)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 

@@ -192,7 +192,7 @@ def generate(model, tokenizer, labels, layout, seed=0, **options):
 def held_out_loss(model, codebook, codes, labels, layout):
     """Mean cross-entropy over images of codes (n, L): the sum of both stages, of all tokens, then
     of each scale; then of all tokens that of stage 1, and that of stage 2."""
-    parts = zip(codes.to(codebook.device).split(64), labels.to(codebook.device).split(64))
+    parts = zip(codes.split(64), labels.to(codes.device).split(64))
     total = sum(len(x) * model(x, y, layout, x) for x, y in parts)       # (2, 1 + scales)
     losses = total.cpu() / len(codes)
     return torch.cat([losses.sum(0), losses[:, 0]])
@@ -204,17 +204,17 @@ def draw(args):
     kind = ckgen.kind_of_output(args.out)
     device, dtype = ckgen.find_device(args.device)
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
-    for key in options:
-        if getattr(args, key) is not None:
-            options[key] = getattr(args, key)
+    options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     labels = torch.arange(args.n or 8 * len(names), device=device) % len(names)
+    settings = options | {"labels": labels.cpu(), "seed": args.seed}
     layout = Layout(model.config.sizes, options.pop("steps"), device)
-    codes = generate(model, tokenizer, labels, layout, args.seed, **options)
-    frames = []
-    if kind == ".gif":
-        frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
-    frames.append(ckgen.decode_scale(tokenizer, codes, layout))
-    ckgen.save_pictures(args.out, frames, names[:len(labels)])
+    with ckgen.write_whole(args.out) as file:
+        codes = generate(model, tokenizer, labels, layout, args.seed, **options)
+        frames = []
+        if kind == ".gif":
+            frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
+        frames.append(ckgen.decode_scale(tokenizer, codes, layout))
+        ckgen.save_pictures(file, kind, frames, names[:len(labels)], settings)
     print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 
 
@@ -242,7 +242,7 @@ def compare(args):
                 train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
                 network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
                 sampler, loss = generate, held_out_loss
-            codes = evaluate.encode(tokenizer, study.held_out, layout.sizes)
+            codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
             nats = loss(network, tokenizer.codebook(), codes, study.labels, layout)
             start = time.monotonic()
             labels = torch.arange(1000, device=DEVICE) % 8
@@ -261,7 +261,7 @@ def redundancy(study, tokenizer, layout):
     the clusters' centroids, by any codes; and how far all of them move, in dB."""
     codebook, images = tokenizer.codebook().cpu(), study.held_out
     shown, names = [images], ["real"]
-    codes = evaluate.encode(tokenizer, images, layout.sizes)
+    codes = train_tiny.encode(tokenizer, images, layout.sizes)
     codes = codes[:, layout.scales[-1]].cpu()                            # (n, N*N)
 
     def show(name, latents):
@@ -305,7 +305,7 @@ def main(arguments=None):
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale (default: 4)")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance of both stages; 0 is off")
     add("--temperature", type=within(float, 0, 100), metavar="T", help="divides all logits")
-    add("--seed", type=within(int, 0), default=0, help="same seed, same images (default: 0)")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="(default: 0)")
     add("--out", default="samples.png", help="a .png, .gif or .npz (default: samples.png)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 

@@ -24,7 +24,10 @@ from tqdm import tqdm
 import ckgen
 import train_tiny
 from ckgen import Layout
-from train_tiny import as_input, crop
+from train_tiny import as_input, crop, encode
+
+
+SAMPLES = 1000
 
 
 class Classifier(nn.Module):
@@ -97,13 +100,6 @@ def decibels(pictures, real):
     return 10 * math.log10(255 ** 2 / error)
 
 
-def encode(tokenizer, pictures, sizes):
-    """Pictures (n, 3, h, h), uint8, to the codes (n, L) of their pyramids."""
-    device = tokenizer.codebook_weight.device
-    return torch.cat([tokenizer.encode_pyramid(as_input(part).to(device), sizes)
-                      for part in pictures.split(64)])
-
-
 def decode(tokenizer, codes, layout):
     """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
     return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
@@ -123,6 +119,8 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     if images.classes != classes:
         raise ValueError(f"--data {args.data}: other classes than those of {args.checkpoint}")
     real, labels = images.held_out()
+    if len(real) < 2:
+        raise ValueError("--data: too few pictures: less than two are held out")
     sizes, V = model.config.sizes, tokenizer.config.codes
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
     decoded = decode(tokenizer, codes, Layout(sizes, 1))
@@ -134,10 +132,11 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
         print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
 
     classifier = train_classifier(images, device)
-    wanted = torch.arange(1000) % len(classes)
+    wanted = torch.arange(SAMPLES) % len(classes)
     said, start = str(defaults), time.monotonic()
     layout = Layout(sizes, defaults.pop("steps"), device)
-    codes = generate(model, tokenizer, wanted.to(device), layout, options["seed"], **defaults)
+    seed = options["seed"] if args.seed is None else args.seed
+    codes = generate(model, tokenizer, wanted.to(device), layout, seed, **defaults)
     seconds = (time.monotonic() - start) / len(codes)
     some = range(min(10000, images.train))
     reference = features(classifier, crop(images.read(some), images.size))
@@ -164,6 +163,7 @@ def add_options(add):
     add("checkpoint", help="of a finished run, or of one on its way")
     add("--steps", type=ckgen.within(int, 1), metavar="P",
         help="steps for each scale when drawing (default: the checkpoint's)")
+    add("--seed", type=ckgen.within(int, 0, 2 ** 63 - 1), help="(default: the run's)")
     add("--data", metavar="DIR", help="where its pictures are now (default: where they were)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 

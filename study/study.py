@@ -155,7 +155,7 @@ class Study:
     @functools.cache
     def losses(self, network, tokenizer, layout):
         """Held-out nats a token, as train_tiny.held_out_loss returns them."""
-        codes = evaluate.encode(tokenizer, self.held_out, layout.sizes)
+        codes = train_tiny.encode(tokenizer, self.held_out, layout.sizes)
         return train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels, layout)
 
     def measure(self, quantity, model, P, cfg=0.0, cfg_start=0):
@@ -175,7 +175,7 @@ class Study:
         if keys[0] not in self.rows:
             tokenizer, layout = self.load(FIRST)[1], self.layout(FIRST, 1)
             real, labels = self.held_out[:self.n], self.labels[:self.n]
-            codes = evaluate.encode(tokenizer, real, layout.sizes)
+            codes = train_tiny.encode(tokenizer, real, layout.sizes)
             for key, pictures in zip(keys, (real, evaluate.decode(tokenizer, codes, layout))):
                 self.keep(key, self.judge(pictures, labels))
         return [float(self.rows[key][quantity]) for key in keys]
@@ -194,16 +194,17 @@ class Study:
 
     def write_csv(self, name, rows):
         """Write rows beside the figures."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, max(rows, key=len), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        ckgen.write_whole(f"{self.figures}/{name}",
-                          lambda file: file.write(text.getvalue().encode()))
+        with ckgen.write_whole(f"{self.figures}/{name}") as file:
+            text = io.TextIOWrapper(file, newline="")
+            writer = csv.DictWriter(text, max(rows, key=len), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            text.detach()
 
     def save(self, name, image):
         """Write a figure."""
-        ckgen.write_whole(f"{self.figures}/{name}", lambda file: image.save(file, "PNG"))
+        with ckgen.write_whole(f"{self.figures}/{name}") as file:
+            image.save(file, "PNG")
 
     def save_plots(self, name, *rows):
         """Write a figure of rows of plots."""
@@ -283,7 +284,8 @@ def scan(study):
             x, y = cells[step].T
             board[0, y, x] = (213, 94, 0)
         frames.append(ckgen.picture_grid([*boards], [*ORDERS]))
-    ckgen.write_whole(f"{study.figures}/scan.gif", functools.partial(ckgen.save_gif, frames))
+    with ckgen.write_whole(f"{study.figures}/scan.gif") as file:
+        ckgen.save_gif(frames, file)
 
 
 def idea(study):

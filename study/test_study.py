@@ -38,9 +38,10 @@ def coarse_to_fine(tmp_path_factory, finished):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A classifier that is hardly trained."""
+    """A classifier that is hardly trained, and few samples."""
     hardly = functools.partial(evaluate.train_classifier, iters=10)
     monkeypatch.setattr(evaluate, "train_classifier", hardly)
+    monkeypatch.setattr(evaluate, "SAMPLES", 64)
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -82,11 +83,11 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
     torch.save(state, tmp_path / "run" / "coarse-4.pt")
     for module, words, complaint in (
             (evaluate, f"{tmp_path}/missing.pt", "missing.pt"),
-            (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: damaged, or not for this"),
+            (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: not a checkpoint"),
             (evaluate, f"{both}", "coarse-4.pt: damaged, or not for this program"),
             (evaluate, f"{plain} --data {pictures}", "other classes"),
             (coarse, f"draw {plain}", "checkpoint.pt: damaged, or not for this program"),
-            (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
+            (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: must be a .png, .gif or .npz"),
             (coarse, f"train {tmp_path}/none --clusters 4", "none/tokenizer.pt"),
             (coarse, f"{train_on} 17", "17 clusters need more than 16 codes"),
             (coarse, f"{train_on} 5", "coarse-5.pt: damaged"),
