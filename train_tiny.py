@@ -82,8 +82,7 @@ def lr_factor(run, step):
 
 def seeded(run, stage, step):
     """The generator of all random draws of one step."""
-    seed = (run.seed * 16 + stage) * 1_000_000_007 + step
-    return torch.Generator().manual_seed(seed % 2 ** 64)
+    return torch.Generator().manual_seed(((run.seed * 16 + stage) * 1_000_000_007 + step) % 2 ** 64)
 
 
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
@@ -110,6 +109,7 @@ def train_transformer(run, images, tokenizer, codes):
     if images.train < len(images.labels):
         pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20))
         held_out = encode(tokenizer, pictures, run.sizes), labels
+    columns = ["step", "lr", "held_out", "loss", *(f"loss_{n}x{n}" for n in run.sizes)]
     losses, saved, cost = 0, time.monotonic(), 0.0
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
@@ -140,16 +140,14 @@ def train_transformer(run, images, tokenizer, codes):
         # Log, save. Checkpoints and pictures take a twentieth of the time at most.
         last = step + 1 == run.iters
         if (step + 1) % every == 0 or last:
-            mean, *by_scale = (losses / ((step + 1) % every or every)).tolist()
-            losses = 0
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss is {mean} at step {step + 1}: try a smaller --lr")
-            unseen, layout = math.nan, layout_of(run.defaults["steps"])
+            means = (losses / ((step + 1) % every or every)).tolist()
+            losses, unseen, layout = 0, math.nan, layout_of(run.defaults["steps"])
             if held_out:
                 unseen = held_out_loss(model, codebook, *held_out, layout)[0].item()
-            log.append({"step": step + 1, "lr": lr, "loss": mean, "held_out": unseen}
-                       | {f"loss_{n}x{n}": loss for n, loss in zip(run.sizes, by_scale)})
-            bar.set_postfix(loss=f"{mean:.4f}", held_out=f"{unseen:.4f}")
+            log.append(dict(zip(columns, [step + 1, lr, unseen, *means])))
+            bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{unseen:.4f}")
+            if not math.isfinite(means[0]):
+                raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
             if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
                 start = time.monotonic()
                 draw_pictures(run, model, tokenizer)
@@ -299,16 +297,16 @@ def write_log(run, rows):
 def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
     first of up to eight rows after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
-    shown = range(0, len(run.classes), math.ceil(len(run.classes) / 16))
+    every = math.ceil(len(run.classes) / 16)
+    labels = torch.arange(len(run.classes), device=run.device)[::every].repeat_interleave(8)
     options = dict(run.defaults)
     layout = Layout(run.sizes, options.pop("steps"), run.device)
-    labels = torch.tensor(shown, device=run.device).repeat_interleave(8)
     codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
-    rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(shown))
-    samples = ckgen.picture_grid(rows, [run.classes[label] for label in shown])
+    rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(labels) // 8)
+    samples = ckgen.picture_grid(rows, run.classes[::every])
     first = codes[::8][:8]
-    frames = ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)
-    frames = [ckgen.picture_grid([frame]) for frame in frames]
+    frames = [ckgen.picture_grid([frame]) for frame in
+              ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)]
     scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(run.sizes))]
     pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in run.sizes])
     for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
@@ -340,14 +338,14 @@ def make_tokenizer(run, images):
                  "tokenizer_config": asdict(tokenizer.config)}
         with ckgen.write_whole(path) as file:
             torch.save(state, file)
-    barrier()
+    if WORLD > 1:
+        torch.distributed.barrier()  # wait for the first process
     return ckgen.load_tokenizer(path, run.device)
 
 
 def train_tokenizer(run, images, tokenizer, refit):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
     itself. The codebook follows the latents. A refit is of the codebook alone, at any size."""
-    device = run.device
     iters = max(1, images.train // 32) if refit else run.tokenizer_iters
     B = 32 if refit else run.tokenizer_batch
     sizes = range(1, run.sizes[-1] + 1) if refit else run.sizes
@@ -356,7 +354,7 @@ def train_tokenizer(run, images, tokenizer, refit):
     bar = tqdm(range(iters), "codebook" if refit else "tokenizer", unit="step")
     for step in bar:
         g = seeded(run, 1, step)
-        pictures = images.batch(B, g)[0].to(device)                         # (B, 3, h, h)
+        pictures = images.batch(B, g)[0].to(run.device)                     # (B, 3, h, h)
         n = sizes[torch.randint(len(sizes), (), generator=g)]
         smaller = tokenizer.resize(pictures, n)
         whole = not refit or step == 0  # the codebook starts from latents of the full size
@@ -370,15 +368,14 @@ def train_tokenizer(run, images, tokenizer, refit):
             rows = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)       # (B*n*n, C)
             if step == plain and target is pictures:
                 pick = torch.randint(len(rows), (len(tokenizer.codebook_weight),), generator=g)
-                tokenizer.codebook_weight.copy_(rows[pick.to(device)])
+                tokenizer.codebook_weight.copy_(rows[pick.to(run.device)])
             codes = tokenizer.quantize(latents)                             # (B, n, n)
             nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)       # (B, C, n, n)
             update_codebook(tokenizer, rows, codes.flatten(), g)
             error = (latents - nearest).square().sum(1).mean()
             if not refit:
                 straight_through = latents + (nearest - latents).detach()
-                decoded = tokenizer.decode(straight_through)
-                error = F.mse_loss(decoded, target) + 0.05 * error          # with commitment
+                error = F.mse_loss(tokenizer.decode(straight_through), target) + 0.05 * error
             loss = loss + weight * error
         if not refit:
             optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 - 2 * step / iters)
@@ -403,9 +400,8 @@ def update_codebook(tokenizer, latents, codes, generator, decay=0.99):
 def code_images(run, images, tokenizer):
     """The codes of all views of all training images, (images, views, L), uint16 on disk: code + 1,
     so that 0 tells where to go on."""
-    belongs = zlib.crc32(f"{images.fingerprint} {run.image_size} {run.sizes}".encode())
-    for tensor in tokenizer.state_dict().values():
-        belongs = zlib.crc32(tensor.cpu().numpy().tobytes(), belongs)
+    with open(f"{run.out}/tokenizer.pt", "rb") as file:  # it holds the run's options too
+        belongs = zlib.crc32(file.read(), images.fingerprint)
     path = f"{run.out}/codes-{belongs:08x}.npy"
     shape = (images.train, images.views, sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
@@ -418,10 +414,10 @@ def code_images(run, images, tokenizer):
             for view in range(images.views):
                 coded = encode(tokenizer, crop(pictures, images.size, view), run.sizes) + 1
                 codes[start:start + 32, view] = coded.cpu().numpy()         # (32, L)
-        codes.flush()
         del codes  # this closes the file: Windows renames none that is open
         os.replace(part, path)
-    barrier()
+    if WORLD > 1:
+        torch.distributed.barrier()  # wait for the first process
     codes = map_codes(path, "r")
     if codes.shape != shape or codes.dtype != np.uint16:
         raise ValueError(f"{path}: damaged; remove it, and the same command makes it again")
@@ -447,10 +443,8 @@ def encode(tokenizer, pictures, sizes):
 
 class Images:
     """Toy shapes, or the pictures of a folder with one folder per class. Numbers 0 ... train-1 are
-    trained on; the rest is held out. Pictures are read when needed. Raises ValueError or OSError.
-
-    Pictures are a little larger than the model's images: its ten crops are cut out of them.
-    """
+    trained on; the rest is held out. Pictures are read when needed, a little larger than the
+    model's images: its ten crops are cut out of them. Raises ValueError or OSError."""
 
     def __init__(self, folder, size):
         self.size, self.damaged, self.paths = size, set(), None
@@ -461,7 +455,8 @@ class Images:
         else:
             pictures, others = find_pictures(folder)
             names, self.train = hold_out(pictures)
-            classes, labels = np.unique([class_of(name) for name in names], return_inverse=True)
+            folders = [name.split("/")[0] for name in names]
+            classes, labels = np.unique(folders, return_inverse=True)
             empty = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {*classes}
             self.found = (f"{len(names):,} pictures of {len(classes)} classes; left out: {others:,}"
                           f" other files, empty folders {', '.join(sorted(empty)) or 'none'}")
@@ -475,21 +470,18 @@ class Images:
             identity = "\n".join(f"{name} {pictures[name]}" for name in names)
         self.fingerprint = checksum(identity)
 
-    def read(self, numbers, again=True):
-        """Pictures (k, 3, side, side), uint8. A fault of the machine is tried once again."""
+    def read(self, numbers):
+        """Pictures (k, 3, side, side), uint8."""
         if self.paths is None:
             pictures = [np.array(draw_shape(number, self.side)) for number in numbers]
         else:
-            try:
-                with ThreadPoolExecutor() as pool:
+            with ThreadPoolExecutor() as pool:
+                try:
                     pictures = list(pool.map(self.read_one, numbers))
-            except (OSError, MemoryError):
-                if again:
-                    return self.read(numbers, again=False)
-                raise
+                except (OSError, MemoryError):  # a fault of the machine: once more
+                    pictures = list(pool.map(self.read_one, numbers))
         if len(self.damaged) > max(3, 0.01 * len(self.labels)):
-            raise ValueError(f"--data: more than 1 % of the files are damaged, {min(self.damaged)} "
-                             "for one")
+            raise ValueError(f"--data: over 1 % of the files are damaged: {min(self.damaged)} ...")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
@@ -528,9 +520,8 @@ class Images:
 
 
 def find_pictures(folder):
-    """What torchvision's ImageFolder finds, below each class folder at any depth: the pictures, as
-    {name relative to the folder: bytes}, and how many other files there are. Links are followed,
-    no folder is read twice, and hidden ones are left out."""
+    """The pictures below each class folder at any depth, as torchvision's ImageFolder finds them,
+    {name: bytes}, and the number of other files. No folder is read twice, a hidden one never."""
     kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
     for path, inner, names in os.walk(folder, followlinks=True):
         shown = sorted((name for name in inner if name[0] != "."), reverse=True)
@@ -558,11 +549,6 @@ def class_names(folder, classes):
     return classes
 
 
-def class_of(name):
-    """The class folder of a file."""
-    return name.split("/")[0]
-
-
 def checksum(text):
     """A number of 32 bits."""
     return zlib.crc32(text.encode(errors="surrogateescape"))
@@ -573,7 +559,7 @@ def hold_out(names):
     are. One in twenty is held out, at most 2000, but never the last of a class. As its name
     decides, a file that is removed moves no other."""
     names = sorted(sorted(names), key=checksum)
-    last = {class_of(name): name for name in names}.values()
+    last = {name.split("/")[0]: name for name in names}.values()
     twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20]
     held_out = set([name for name in twentieth if name not in last][:2000])
     return sorted(names, key=held_out.__contains__), len(names) - len(held_out)
@@ -695,11 +681,9 @@ def make_run(options, out, P, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
                              dtype=dtype, out=out, redraw=P is not None)
-    P = P or 4
-    if run.data and run.config != "tiny":
-        run.defaults = {"steps": P, "cfg": 1.5, "temperature": 1.0}
-    else:  # more guidance mixes the colours of toy shapes
-        run.defaults = {"steps": P, "cfg": 0.5, "temperature": 0.5}
+    run.defaults = {"steps": P or 4, "cfg": 1.5, "temperature": 1.0}
+    if run.config == "tiny" or not run.data:  # more guidance mixes the colours of toy shapes
+        run.defaults |= {"cfg": 0.5, "temperature": 0.5}
     return run
 
 
@@ -710,18 +694,11 @@ def open_images(run):
     run.classes = images.classes
     if run.options.setdefault("pictures", images.fingerprint) != images.fingerprint:
         if os.path.exists(f"{run.out}/checkpoint.pt"):
-            raise ValueError(f"--data {run.data}: not the files that the run in {run.out} began "
-                             "with; put them back, or name another --out")
+            raise ValueError(f"--data {run.data}: not the files that {run.out} began with")
         if RANK == 0:
             print("the files have changed: the tokenizer is kept, and the codes are made again")
         run.options["pictures"] = images.fingerprint
     return images
-
-
-def barrier():
-    """Wait for the other processes."""
-    if WORLD > 1:
-        torch.distributed.barrier()
 
 
 def lock(folder):
@@ -742,7 +719,7 @@ def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
     *_, above, source = os.path.abspath(args.data or "toy").split(os.sep)
-    source = above if source == "train" else source  # tiny-imagenet-200/train, for one
+    source = above if source == "train" else source  # of tiny-imagenet-200/train, for one
     args.out = args.out or f"runs/{source}-{args.scale or 2}x"
     locked = lock(args.out)
     options = [fill_options(args, dtype) if RANK == 0 else None]
@@ -759,14 +736,14 @@ def train(args):
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
-    tokenizer = ckgen.load_tokenizer(given) if given else None
-    config = tokenizer.config if given else TokenizerConfig(codes=run.codes)
+    config = ckgen.load_tokenizer(given).config if given else TokenizerConfig(codes=run.codes)
     if run.image_size % config.stride or run.batch_size % WORLD:
         raise ValueError(f"--image-size must be a multiple of {config.stride}, --batch-size of "
                          f"{WORLD}")
     run.sizes = ckgen.scale_sizes(run.image_size // config.stride, SCALES[run.scale])
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):  # what does not fit is said now
-        start_from(Checkerboard(model_config(run, config)), tokenizer.codebook(), run.init)
+        codebook = ckgen.load_tokenizer(given).codebook()
+        start_from(Checkerboard(model_config(run, config)), codebook, run.init)
     if RANK == 0:
         print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
               f"maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
@@ -774,9 +751,9 @@ def train(args):
     codes = code_images(run, images, tokenizer)
     train_transformer(run, images, tokenizer, codes)
     if RANK == 0:
-        print(f"in {run.out}: samples.png (a row for each class), progress.gif (images after every "
-              "step, Fig. 1), pyramid.png (each scale by itself), log.csv (losses)")
-        print(f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
+        print(f"{run.out}: samples.png, progress.gif (images after every step), pyramid.png (each "
+              f"scale by itself), log.csv\n"
+              f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
               f"      python study/evaluate.py {run.out}/checkpoint.pt")
     locked.close()
 
@@ -809,8 +786,7 @@ def main(arguments=None):
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
-    add("--seed", type=within(int, 0, 2 ** 63 - 1),
-        help="same seed, same machine: same weights (default: 0)")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), help="same seed, same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     args = parser.parse_args(arguments)
     try:
