@@ -561,7 +561,8 @@ def progress_frames(tokenizer, latents, layout):
         drawn[layout.cell[1:end]] = True
         z_up = upsample(latents, layout, scale)
         known = torch.where(drawn[at, None], latents[:, at], z_up)          # (B, n*n, C)
-        image = F.interpolate(tokenizer.decode(as_map(known)), (side, side))
+        image = torch.cat([tokenizer.decode(part) for part in as_map(known).split(16)])
+        image = F.interpolate(image, (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
     return frames
@@ -670,21 +671,30 @@ def vqgan(config):
 @contextlib.contextmanager
 def write_whole(path):
     """A file to write, whole or not at all: it has another name until all is written."""
+    part = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with open(part, "wb") as file:
             yield file
-        os.replace(f"{path}.tmp", path)
+        os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
+            os.remove(part)
+
+
+def lacks_memory(error):
+    """Whether an error of Python, or of torch, says so."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
 @contextlib.contextmanager
 def contents_of(path):
-    """What goes wrong inside becomes a ValueError of one line: a damaged file raises anything."""
+    """Whatever a damaged file raises becomes a ValueError of one line. Faults of the machine stay."""
     try:
         yield
     except Exception as error:
+        if lacks_memory(error) or getattr(error, "errno", None):
+            raise
         reason = " ".join(str(error).split()).split(". ")[0][:300]
         raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 
@@ -718,8 +728,8 @@ def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a checkpoint, ours or the author's. defaults are
     steps, cfg and temperature."""
     state = read(path)
-    if "model" not in state:
-        raise ValueError(f"{path}: not a checkpoint, perhaps a tokenizer: it has no model")
+    if "lm_head.weight" not in state.get("model", ()):
+        raise ValueError(f"{path}: not a checkpoint with a model to draw from; a tokenizer?")
     with contents_of(path):
         if "options" in state:  # written by train_tiny.py
             config, weights = Config(**state["config"]), state["model"]
@@ -764,9 +774,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     return tokenizer
 
 
-# The released files (github.com/deigen/checkerboardgen): their names become ours by replacement,
-# and the shapes of their tensors give the sizes.
-
+# Released files (github.com/deigen/checkerboardgen): names become ours, and shapes give the sizes.
 RENAME = {"autoenc.": "", "llama.": "", "embed_codevecs_mlp.net": "embed_codevecs_mlp",
           "adaLN_modulation.": "", "downsample.conv": "resample.1", "upsample.conv": "resample.1",
           "rotary_emb.mixing_coeffs": "rope_mix",
@@ -809,8 +817,8 @@ def released_tokenizer_config(tensors):
     blocks = sorted(fnmatch.filter(tensors, "encoder.conv_blocks.*.conv1.bias"))
     channels = tuple(len(tensors[key]) for key in blocks if ".res.0." in key)
     codes, code_dim = tensors["codebook_weight"].shape
-    return TokenizerConfig(codes, code_dim, 2 ** (len(channels) - 1),
-                           len(tensors["encoder.conv_out.weight"]), channels,
+    width = len(tensors["encoder.conv_out.weight"])
+    return TokenizerConfig(codes, code_dim, 2 ** (len(channels) - 1), width, channels,
                            len(blocks) // len(channels))
 
 
@@ -833,19 +841,17 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on or starts again\n")
+            self.exit(130, "\nstopped; the same command goes on from what was saved\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit()
         except (ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
-            message = str(error)
-            if "inline_container" in message:
+            message = f"not enough memory; take fewer images or a smaller model ({error})"
+            if "inline_container" in str(error):
                 message = "a file was not written: the disk may be full"
-            elif isinstance(error, MemoryError) or "memory" in message:
-                message = "not enough memory; take fewer images or a smaller model"
-            else:
+            elif not lacks_memory(error):
                 raise  # a mistake in the program
         self.error(message)  # here, where the progress bars of what failed have ended
 
@@ -899,8 +905,10 @@ def explain():
 def kind_of_output(path):
     """The extension of a file to be written, .png, .gif or .npz. Raises ValueError."""
     kind = os.path.splitext(path)[1].lower()
-    if kind not in (".png", ".gif", ".npz") or os.path.isdir(path):
-        raise ValueError(f"--out {path}: must be a .png, .gif or .npz file")
+    if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--out {path}: not a .png, .gif or .npz in a folder that exists")
+    if os.path.isdir(path):
+        raise ValueError(f"--out {path}: a folder")
     return kind
 
 
@@ -936,8 +944,8 @@ def sample_to_file(args):
     known = [*names, "none", *map(str, range(len(names) + 1))]
     unknown = set(args.classes).difference(known)
     if unknown:
-        raise ValueError(f"--class {min(unknown)}: not a number, nor among {', '.join(names[:20])}")
-    wanted = args.classes or names[::1 if args.n else math.ceil(len(names) / 16)]
+        raise ValueError(f"--class {min(unknown)}: not among {', '.join(known[:20])} ...")
+    wanted = args.classes or names[::math.ceil(len(names) / (args.n or 16))]
     chosen = [known.index(name) % (len(names) + 1) for name in wanted][:args.n]
     shown = [known[i] for i in chosen]
     n = args.n or 8 * len(chosen)
@@ -950,16 +958,17 @@ def sample_to_file(args):
     blank = np.empty((n, side, side, 3), np.uint8)
     if kind == ".gif" and max(arrange(blank, shown).size) > 65535:
         raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
+    del blank
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)
-        frames = [decode_scale(tokenizer, codes, layout)]
         if kind == ".gif":
             frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
+        else:
+            frames = [decode_scale(tokenizer, codes, layout)]
         settings = {"labels": labels.cpu(), "steps": P} | options
         save_pictures(file, kind, frames, shown, settings)
-    said = ", ".join(f"{key} {value}" for key, value in options.items())
-    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, {said}")
+    print(f"{args.out}: {n} images, {len(layout.steps)} steps each, {options}")
 
 
 def main(arguments=None):
@@ -971,7 +980,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
-        help="by name or number, in turn; none is no class (default: all, without --n up to 16)")
+        help="by name or number, in turn; none is no class (default: up to --n or 16 of them)")
     add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale: fewer are faster")
     add("--cfg", type=within(float, 0, 1000), metavar="W",
@@ -984,14 +993,13 @@ def main(arguments=None):
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU that has it)")
     add("--out", default="samples.png", help="default: samples.png. A .png is a grid, or the image "
-        "itself with --n 1; a .gif shows the steps; an .npz holds uint8 images in arr_0, labels "
-        "and settings")
+        "itself with --n 1; a .gif shows the steps; an .npz holds arr_0, labels and settings")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     if args.checkpoint:
         parser.run(sample_to_file, args)
     elif arguments:
-        parser.error("options need a CHECKPOINT, and before --class")
+        parser.error("options need a CHECKPOINT; it must stand before --class")
     else:
         parser.run(explain)
 

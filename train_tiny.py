@@ -8,7 +8,7 @@ Three stages. Each writes a file into the run's folder, whole or not at all, and
 there. So the same command continues a run that was stopped:
 
     tokenizer.pt     the VQ tokenizer, trained on the images or given
-    codes-*.npy      the codes of all images; * stands for these images and this tokenizer
+    codes-*.u16      the codes of the training images; * stands for them and for the tokenizer
     checkpoint.pt    the transformer, about once a minute; ckgen.py draws images from it
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
@@ -18,6 +18,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import errno
 import functools
 import math
 import os
@@ -28,6 +29,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +52,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# S and L are the paper's (Sec. 4.1). With --tokenizer they train for its epochs, otherwise for
+# S and L are the paper's (Sec. 4.1). With a VQGAN they train for its epochs, otherwise for
 # `iters` steps; warm-up and drops keep their share of the run.
 
 RECIPES = {
@@ -88,12 +90,11 @@ def seeded(run, stage, step):
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
 
 def train_transformer(run, images, tokenizer, codes):
-    """Train on codes + 1 (images, views, L) until checkpoint.pt holds run.iters steps."""
+    """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
-    config = model_config(run, tokenizer.config)
     torch.manual_seed(run.seed)
-    model = Checkerboard(config).to(device)
+    model = new_model(run, tokenizer).to(device)
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
@@ -103,20 +104,20 @@ def train_transformer(run, images, tokenizer, codes):
         start_from(model, codebook, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
-    parts = parts_that_fit(run, config)
+    parts = parts_that_fit(run, model.config)
+    autocast = torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
-    held_out = None  # codes and labels of so many images that they take a twentieth of the time
-    if images.train < len(images.labels):
-        pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20))
+    held_out = None  # codes and labels of 32 images, or of more that take a twentieth of the time
+    if RANK == 0 and images.train < len(images.labels):
+        pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
         held_out = encode(tokenizer, pictures, run.sizes), labels
-    columns = ["step", "lr", "held_out", "loss", *(f"loss_{n}x{n}" for n in run.sizes)]
     losses, saved, cost = 0, time.monotonic(), 0.0
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
         # Draw the batch, or the five batches of a step in L's last epochs (Sec. 4.1).
         batches = 5 if (step + 1) / run.iters * run.epochs > run.accumulate_from else 1
-        x, y, noisy, P = draw_batch(run, images, codes, config, step, run.batch_size * batches)
+        x, y, noisy, P = draw_batch(run, images, codes, tokenizer, step, run.batch_size * batches)
         layout = layout_of(P)
 
         # Forward, backward: part by part, if the card is too small for the whole batch.
@@ -124,7 +125,7 @@ def train_transformer(run, images, tokenizer, codes):
         for part in range(batches * parts):
             mine = slice(part * WORLD + RANK, None, batches * parts * WORLD)
             x_, y_, noisy_ = (t[mine].to(device) for t in (x, y, noisy))
-            with torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16):
+            with autocast:
                 logits = parallel(codebook[x_], y_, layout, codebook[noisy_])
                 loss = loss_by_scale(logits, x_, layout) / (batches * parts)
             loss[0].backward()
@@ -140,12 +141,15 @@ def train_transformer(run, images, tokenizer, codes):
         # Log, save. Checkpoints and pictures take a twentieth of the time at most.
         last = step + 1 == run.iters
         if (step + 1) % every == 0 or last:
-            means = (losses / ((step + 1) % every or every)).tolist()
-            losses, unseen, layout = 0, math.nan, layout_of(run.defaults["steps"])
+            means = (losses / (step % every + 1)).tolist()
+            losses = 0
+            of_held_out = math.nan
             if held_out:
-                unseen = held_out_loss(model, codebook, *held_out, layout)[0].item()
-            log.append(dict(zip(columns, [step + 1, lr, unseen, *means])))
-            bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{unseen:.4f}")
+                layout = layout_of(run.defaults["steps"])
+                with autocast:
+                    of_held_out = held_out_loss(model, codebook, *held_out, layout)[0].item()
+            log.append([step + 1, lr, of_held_out, *means])
+            bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{of_held_out:.4f}")
             if not math.isfinite(means[0]):
                 raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
             if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
@@ -159,10 +163,10 @@ def train_transformer(run, images, tokenizer, codes):
         draw_pictures(run, model, tokenizer)
 
 
-def model_config(run, tokenizer):
-    """The Config of a run's model, for a TokenizerConfig."""
-    return Config(run.sizes, len(run.classes), tokenizer.codes, tokenizer.code_dim, run.width,
-                  run.layers, run.heads, run.ffn)
+def new_model(run, tokenizer):
+    """The untrained model of a run, for the codes of this tokenizer."""
+    return Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
+                               run.layers, run.heads, run.ffn))
 
 
 def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
@@ -185,18 +189,19 @@ def resume(path, model, optimizers):
     return state
 
 
-def draw_batch(run, images, codes, config, step, B):
+def draw_batch(run, images, codes, tokenizer, step, B):
     """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
-    labels (B,); codes (B, L) to make z_up of; and P. codes are those + 1 of all images."""
+    labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views."""
     g = seeded(run, 2, step)
     number = torch.randint(len(codes), (B,), generator=g)
     view = torch.randint(codes.shape[1], (B,), generator=g)
-    x = torch.from_numpy(codes[number.numpy(), view.numpy()].astype(np.int64)) - 1       # (B, L)
+    x = torch.from_numpy(codes[number, view].astype(np.int64))                           # (B, L)
 
     # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
-    y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, config.classes)
+    y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
     replaced = torch.rand(x.shape, generator=g) < run.replace_codes
-    noisy = torch.where(replaced, torch.randint(config.codes, x.shape, generator=g), x)
+    others = torch.randint(tokenizer.config.codes, x.shape, generator=g)
+    noisy = torch.where(replaced, others, x)
 
     # One P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are the usual
     # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
@@ -237,14 +242,16 @@ def make_optimizers(model, run):
     """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
     the matrices between hidden features: not on embeddings, the head, RoPE or AdaLN."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
-    muon, rest = [], []
+    muon, groups = [], [{"params": [], "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
-        is_hidden = p.ndim == 2 and hidden.search(name)
-        (muon if run.muon and is_hidden else rest).append(p)
-    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": 0.01},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+        if run.muon and p.ndim == 2 and hidden.search(name):
+            muon.append(p)
+        else:
+            groups[p.ndim < 2]["params"].append(p)
     optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)]
-    return optimizers + ([Muon(muon, run.lr * run.muon)] if muon else [])
+    if muon:
+        optimizers.append(Muon(muon, run.lr * run.muon))
+    return optimizers
 
 
 def start_from(model, codebook, path):
@@ -289,9 +296,9 @@ def held_out_loss(model, codebook, codes, labels, layout):
 
 def write_log(run, rows):
     """Write log.csv."""
-    table = [[*row.values()] for row in rows]
+    columns = ",".join(["step,lr,held_out,loss", *(f"loss_{n}x{n}" for n in run.sizes)])
     with ckgen.write_whole(f"{run.out}/log.csv") as file:
-        np.savetxt(file, table, "%.7g", ",", header=",".join(rows[0]), comments="")
+        np.savetxt(file, rows, "%.7g", ",", header=columns, comments="")
 
 
 def draw_pictures(run, model, tokenizer):
@@ -309,11 +316,11 @@ def draw_pictures(run, model, tokenizer):
               ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)]
     scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(run.sizes))]
     pyramid = ckgen.picture_grid(scales, [f"{n}x{n}" for n in run.sizes])
-    for name, save in (("samples.png", functools.partial(samples.save, format="PNG")),
-                       ("pyramid.png", functools.partial(pyramid.save, format="PNG")),
-                       ("progress.gif", functools.partial(ckgen.save_gif, frames))):
+    for name, picture in (("samples.png", samples), ("pyramid.png", pyramid)):
         with ckgen.write_whole(f"{run.out}/{name}") as file:
-            save(file)
+            picture.save(file, "PNG")
+    with ckgen.write_whole(f"{run.out}/progress.gif") as file:
+        ckgen.save_gif(frames, file)
 
 
 # 3. The tokenizer's training (Sec. 3.3), and the codes of all images ------------------------------
@@ -398,36 +405,26 @@ def update_codebook(tokenizer, latents, codes, generator, decay=0.99):
 
 
 def code_images(run, images, tokenizer):
-    """The codes of all views of all training images, (images, views, L), uint16 on disk: code + 1,
-    so that 0 tells where to go on."""
+    """The codes of all views of all training images, (images, views, L), uint16: a file of plain
+    numbers, mapped into memory. Its length tells where to go on."""
     with open(f"{run.out}/tokenizer.pt", "rb") as file:  # it holds the run's options too
         belongs = zlib.crc32(file.read(), images.fingerprint)
-    path = f"{run.out}/codes-{belongs:08x}.npy"
+    path = f"{run.out}/codes-{belongs:08x}.u16"
     shape = (images.train, images.views, sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
-        part = f"{path}.tmp"
-        started = os.path.exists(part) and os.path.getsize(part) > 2 * math.prod(shape)
-        codes = map_codes(part, "r+" if started else "w+", shape)
-        first = np.count_nonzero(codes[:, -1, -1])
-        for start in tqdm(range(first, len(codes), 32), "coding images", unit="batch"):
-            pictures = images.read(range(start, min(start + 32, len(codes))))
-            for view in range(images.views):
-                coded = encode(tokenizer, crop(pictures, images.size, view), run.sizes) + 1
-                codes[start:start + 32, view] = coded.cpu().numpy()         # (32, L)
-        del codes  # this closes the file: Windows renames none that is open
-        os.replace(part, path)
+        with open(f"{path}.tmp", "ab") as file:
+            first = file.tell() // (2 * math.prod(shape[1:]))
+            file.truncate(first * 2 * math.prod(shape[1:]))
+            for start in tqdm(range(first, images.train, 32), "coding images", unit="batch"):
+                pictures = images.read(range(start, min(start + 32, images.train)))
+                coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
+                         for view in range(images.views)]                   # (32, L) each
+                file.write(torch.stack(coded, 1).cpu().numpy().astype(np.uint16).tobytes())
+        os.replace(f"{path}.tmp", path)
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
-    codes = map_codes(path, "r")
-    if codes.shape != shape or codes.dtype != np.uint16:
-        raise ValueError(f"{path}: damaged; remove it, and the same command makes it again")
-    return codes
-
-
-def map_codes(path, mode, shape=None):
-    """A file of codes as an array. Raises ValueError if it cannot be mapped."""
     try:
-        return np.lib.format.open_memmap(path, mode, np.uint16, shape)
+        return np.memmap(path, np.uint16, "r", shape=shape)
     except OSError as error:
         raise ValueError(f"{path}: cannot be mapped into memory here: {error}") from None
 
@@ -458,8 +455,8 @@ class Images:
             folders = [name.split("/")[0] for name in names]
             classes, labels = np.unique(folders, return_inverse=True)
             empty = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {*classes}
-            self.found = (f"{len(names):,} pictures of {len(classes)} classes; left out: {others:,}"
-                          f" other files, empty folders {', '.join(sorted(empty)) or 'none'}")
+            self.found = (f"{len(names):,} pictures in {len(classes)} class folders; left out: "
+                          f"{others:,} other files, folders without: {sorted(empty) or 'none'}")
             if not names:
                 raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
                                  f"found {self.found}")
@@ -492,7 +489,9 @@ class Images:
             try:
                 return np.array(read_picture(path, self.side))
             except Exception as error:  # a damaged file can raise anything
-                if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                if isinstance(error, MemoryError):
+                    raise MemoryError(f"reading {path}") from None
+                if getattr(error, "errno", None) not in (None, errno.EINVAL):  # EINVAL: JPEG 2000's
                     raise
                 if path not in self.damaged:
                     tqdm.write(f"{path!r}: damaged, another is taken: {error}", sys.stderr)
@@ -523,17 +522,22 @@ def find_pictures(folder):
     """The pictures below each class folder at any depth, as torchvision's ImageFolder finds them,
     {name: bytes}, and the number of other files. No folder is read twice, a hidden one never."""
     kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
-    for path, inner, names in os.walk(folder, followlinks=True):
+
+    def fail(error):
+        raise error
+
+    for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         shown = sorted((name for name in inner if name[0] != "."), reverse=True)
-        real = {os.path.realpath(os.path.join(path, name)): name for name in shown}
-        inner[:] = sorted(real[place] for place in real.keys() - seen)
+        real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
+        inner[:] = sorted(real[path] for path in real.keys() - seen)
         seen |= real.keys()
-        for file in names:
-            kind = kinds.get(os.path.splitext(file)[1].lower())
-            place = os.path.join(path, file)
-            name = os.path.relpath(place, folder).replace(os.sep, "/")
-            if "/" in name and file[0] != "." and kind in Image.OPEN and os.path.isfile(place):
-                pictures[name] = os.path.getsize(place)
+        for name in names:
+            file = Path(place, name)
+            name = file.relative_to(folder)
+            kind = kinds.get(file.suffix.lower())
+            shown = len(name.parts) > 1 and file.name[0] != "."
+            if shown and kind in Image.OPEN and file.is_file():
+                pictures[name.as_posix()] = file.stat().st_size
             else:
                 others += 1
     return pictures, others
@@ -542,8 +546,8 @@ def find_pictures(folder):
 def class_names(folder, classes):
     """The names of classes by a words.txt in the folder or above it: n01443537 is goldfish."""
     for path in filter(os.path.isfile, (f"{folder}/words.txt", f"{folder}/../words.txt")):
-        with open(path, encoding="utf8") as file:
-            words = dict(line.strip().partition("\t")[::2] for line in file)
+        with open(path, encoding="utf8", errors="replace") as file:
+            words = dict(line.strip().split("\t", 1) for line in file if "\t" in line)
         names = [words.get(name, name).split(",")[0] for name in classes]
         return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
     return classes
@@ -556,13 +560,14 @@ def checksum(text):
 
 def hold_out(names):
     """The names of all files in an order of their own, those to train on first; and how many those
-    are. One in twenty is held out, at most 2000, but never the last of a class. As its name
-    decides, a file that is removed moves no other."""
+    are. One in twenty is held out, but never the last of a class. As its name decides, a file that
+    is removed moves no other; but of more than 40,000 files, the first 2000 are held out."""
     names = sorted(sorted(names), key=checksum)
-    last = {name.split("/")[0]: name for name in names}.values()
-    twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20]
-    held_out = set([name for name in twentieth if name not in last][:2000])
-    return sorted(names, key=held_out.__contains__), len(names) - len(held_out)
+    last = {*{name.split("/")[0]: name for name in names}.values()}
+    twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20 and name not in last]
+    held_out = set(twentieth[:2000])
+    train = [name for name in names if name not in held_out]
+    return train + twentieth[:2000], len(train)
 
 
 def crop(pictures, size, view=4):
@@ -647,22 +652,27 @@ OPTIONS = ("config", "scale", "data", "tokenizer", "codes", "init", "image_size"
            "batch_size", "lr", "seed")  # what fixes the weights of a run
 
 
+def stored_options(folder):
+    """The options of the run in a folder, or None."""
+    for path in (f"{folder}/checkpoint.pt", f"{folder}/tokenizer.pt"):
+        if os.path.exists(path):
+            return ckgen.read(path)["options"]
+
+
 def fill_options(args, dtype):
     """The options of a run: those of the run in args.out, else of the command line and the recipe.
     Raises ValueError if the two contradict each other."""
     given = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
     for key in {"data", "tokenizer", "init"} & given.keys():
         given[key] = os.path.abspath(given[key])
-    for name in ("checkpoint.pt", "tokenizer.pt"):
-        path = f"{args.out}/{name}"
-        if os.path.exists(path):
-            options = ckgen.read(path)["options"]
-            for key, value in given.items():
-                moved = key == "data" and options["data"]  # see open_images
-                if value != options.get(key) and not moved:
-                    raise ValueError(f"{args.out} holds a run with --{key.replace('_', '-')} "
-                                     f"{options.get(key)}; remove it, or name another --out")
-            return options | given
+    options = stored_options(args.out)
+    if options:
+        for key, value in given.items():
+            may_move = key == "data" and options["data"]  # see open_images
+            if value != options[key] and not may_move:
+                raise ValueError(f"{args.out} holds a run with --{key.replace('_', '-')} "
+                                 f"{options[key]}; remove it, or name another --out")
+        return options | given
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
     options |= {"config": config, "scale": "2", "seed": 0}
@@ -717,11 +727,16 @@ def lock(folder):
 
 def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
-    device, dtype = ckgen.find_device(args.device)
     *_, above, source = os.path.abspath(args.data or "toy").split(os.sep)
     source = above if source == "train" else source  # of tiny-imagenet-200/train, for one
-    args.out = args.out or f"runs/{source}-{args.scale or 2}x"
-    locked = lock(args.out)
+    args.out = args.out or f"runs/{source}-{args.scale or 2}x{'-init' * bool(args.init)}"
+    with lock(args.out):
+        train_in_folder(args)
+
+
+def train_in_folder(args):
+    """All stages, in args.out."""
+    device, dtype = ckgen.find_device(args.device)
     options = [fill_options(args, dtype) if RANK == 0 else None]
     if WORLD > 1:
         cuda = {"device_id": device} if device.type == "cuda" else {}
@@ -736,26 +751,24 @@ def train(args):
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
-    config = ckgen.load_tokenizer(given).config if given else TokenizerConfig(codes=run.codes)
-    if run.image_size % config.stride or run.batch_size % WORLD:
-        raise ValueError(f"--image-size must be a multiple of {config.stride}, --batch-size of "
-                         f"{WORLD}")
-    run.sizes = ckgen.scale_sizes(run.image_size // config.stride, SCALES[run.scale])
+    tokenizer = ckgen.load_tokenizer(given) if given else Tokenizer(TokenizerConfig(run.codes))
+    stride = tokenizer.config.stride
+    if run.image_size % stride or run.batch_size % WORLD:
+        raise ValueError(f"--image-size must be a multiple of {stride}, --batch-size of {WORLD}")
+    run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):  # what does not fit is said now
-        codebook = ckgen.load_tokenizer(given).codebook()
-        start_from(Checkerboard(model_config(run, config)), codebook, run.init)
+        start_from(new_model(run, tokenizer), tokenizer.codebook(), run.init)
     if RANK == 0:
         print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
-              f"maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
+              f"{run.iters} steps, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
     tokenizer = make_tokenizer(run, images)
     codes = code_images(run, images, tokenizer)
     train_transformer(run, images, tokenizer, codes)
     if RANK == 0:
         print(f"{run.out}: samples.png, progress.gif (images after every step), pyramid.png (each "
               f"scale by itself), log.csv\n"
-              f"next: python ckgen.py {run.out}/checkpoint.pt --n 16 --steps 8\n"
+              f"next: python ckgen.py {run.out}/checkpoint.pt --steps 8\n"
               f"      python study/evaluate.py {run.out}/checkpoint.pt")
-    locked.close()
 
 
 def main(arguments=None):
@@ -770,7 +783,7 @@ def main(arguments=None):
     add("--steps", type=within(int, 1), metavar="P", help="steps for each scale when drawing "
         "(default: 4); training draws P at random. A finished run draws its pictures again")
     add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
-    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x[-init])")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer: of another run, or LlamaGen's "
@@ -779,10 +792,9 @@ def main(arguments=None):
         "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
-        help="(default: 32 for tiny, 64 for S and L, 256 with --tokenizer and --data)")
+        help="(default: 32 for tiny, 64 for S and L, 256 with a VQGAN)")
     add("--iters", type=within(int, 1), help="steps of training; the tokenizer's follow "
-        "in proportion (default: tiny 1150, S 6000, L 12000; with --tokenizer and --data the "
-        "paper's epochs)")
+        "in proportion (default: tiny 1150, S 6000, L 12000; with a VQGAN the paper's epochs)")
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")

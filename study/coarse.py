@@ -114,13 +114,21 @@ class CoarseToFine(nn.Module):
 
 def train(args):
     """Train both stages on the codes of a run. Raises ValueError or OSError."""
+    options = train_tiny.stored_options(args.run)
+    if not options:
+        raise ValueError(f"{args.run}: holds no run of train_tiny.py")
+    with train_tiny.lock(args.run):
+        train_in_folder(args, options)
+
+
+def train_in_folder(args, options):
+    """Write coarse-K.pt."""
+    path = f"{args.run}/coarse-{args.clusters}.pt"
     device, dtype = ckgen.find_device(args.device)
-    given, path = f"{args.run}/tokenizer.pt", f"{args.run}/coarse-{args.clusters}.pt"
-    tokenizer = ckgen.load_tokenizer(given, device)
-    run = train_tiny.make_run(ckgen.read(given)["options"], args.run, 4, device, dtype)
+    tokenizer = ckgen.load_tokenizer(f"{args.run}/tokenizer.pt", device)
+    run = train_tiny.make_run(options, args.run, 4, device, dtype)
     run.sizes = ckgen.scale_sizes(run.image_size // tokenizer.config.stride,
                                   train_tiny.SCALES[run.scale])
-    locked = train_tiny.lock(args.run)
     images = train_tiny.open_images(run)
     codes = train_tiny.code_images(run, images, tokenizer)
 
@@ -142,7 +150,7 @@ def train(args):
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
     for step in bar:
-        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, config, step, run.batch_size)
+        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, tokenizer, step, run.batch_size)
         x, y, noisy = x.to(device), y.to(device), noisy.to(device)
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
@@ -164,7 +172,6 @@ def train(args):
             train_tiny.save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, [])
             saved = time.monotonic()
     print(f"next: python study/coarse.py draw {path}\n      python study/coarse.py evaluate {path}")
-    locked.close()
 
 
 # 4. Drawing and evaluation ------------------------------------------------------------------------
@@ -172,6 +179,8 @@ def train(args):
 def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a file that `train` wrote."""
     state = ckgen.read(path)
+    if "centroids" not in state.get("model", ()):
+        raise ValueError(f"{path}: not written by coarse.py train")
     with ckgen.contents_of(path):
         kind = functools.partial(CoarseToFine, clusters=len(state["model"]["centroids"]))
         model = ckgen.build(kind, Config(**state["config"]), state["model"]).to(device)
@@ -205,16 +214,20 @@ def draw(args):
     device, dtype = ckgen.find_device(args.device)
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    labels = torch.arange(args.n or 8 * len(names), device=device) % len(names)
+    few = range(0, len(names), math.ceil(len(names) / (args.n or 16)))
+    labels = torch.tensor(few, device=device).repeat(args.n or 8)[:args.n]
+    layout = Layout(model.config.sizes, options["steps"], device)
+    options |= {"cfg_start": ckgen.guided_from(5, layout)}
     settings = options | {"labels": labels.cpu(), "seed": args.seed}
-    layout = Layout(model.config.sizes, options.pop("steps"), device)
+    del options["steps"]
     with ckgen.write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, args.seed, **options)
         frames = []
         if kind == ".gif":
             frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
         frames.append(ckgen.decode_scale(tokenizer, codes, layout))
-        ckgen.save_pictures(file, kind, frames, names[:len(labels)], settings)
+        shown = [names[label] for label in few[:len(labels)]]
+        ckgen.save_pictures(file, kind, frames, shown, settings)
     print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 
 

@@ -116,8 +116,8 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
         raise ValueError(f"{args.checkpoint}: not a checkpoint of train_tiny.py")
     defaults["steps"] = args.steps or defaults["steps"]
     images = train_tiny.Images(args.data or options["data"], options["image_size"])
-    if images.classes != classes:
-        raise ValueError(f"--data {args.data}: other classes than those of {args.checkpoint}")
+    if images.fingerprint != options["pictures"]:
+        raise ValueError(f"--data {args.data}: not the files that {args.checkpoint} was trained on")
     real, labels = images.held_out()
     if len(real) < 2:
         raise ValueError("--data: too few pictures: less than two are held out")
@@ -137,6 +137,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     layout = Layout(sizes, defaults.pop("steps"), device)
     seed = options["seed"] if args.seed is None else args.seed
     codes = generate(model, tokenizer, wanted.to(device), layout, seed, **defaults)
+    codes[-1].tolist()  # this waits for a GPU
     seconds = (time.monotonic() - start) / len(codes)
     some = range(min(10000, images.train))
     reference = features(classifier, crop(images.read(some), images.size))

@@ -84,11 +84,11 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
     for module, words, complaint in (
             (evaluate, f"{tmp_path}/missing.pt", "missing.pt"),
             (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: not a checkpoint"),
-            (evaluate, f"{both}", "coarse-4.pt: damaged, or not for this program"),
-            (evaluate, f"{plain} --data {pictures}", "other classes"),
-            (coarse, f"draw {plain}", "checkpoint.pt: damaged, or not for this program"),
-            (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: must be a .png, .gif or .npz"),
-            (coarse, f"train {tmp_path}/none --clusters 4", "none/tokenizer.pt"),
+            (evaluate, f"{both}", "coarse-4.pt: not a checkpoint"),
+            (evaluate, f"{plain} --data {pictures}", "not the files that"),
+            (coarse, f"draw {plain}", "checkpoint.pt: not written by coarse.py"),
+            (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
+            (coarse, f"train {tmp_path}/none --clusters 4", "none: holds no run of train_tiny.py"),
             (coarse, f"{train_on} 17", "17 clusters need more than 16 codes"),
             (coarse, f"{train_on} 5", "coarse-5.pt: damaged"),
             (coarse, f"{train_on} 4", "coarse-4.pt: of another run")):
