@@ -689,7 +689,7 @@ def lacks_memory(error):
 
 @contextlib.contextmanager
 def contents_of(path):
-    """Whatever a damaged file raises becomes a ValueError of one line. Faults of the machine stay."""
+    """What a damaged file raises becomes a ValueError of one line. Faults of the machine stay."""
     try:
         yield
     except Exception as error:
@@ -905,10 +905,9 @@ def explain():
 def kind_of_output(path):
     """The extension of a file to be written, .png, .gif or .npz. Raises ValueError."""
     kind = os.path.splitext(path)[1].lower()
-    if kind not in (".png", ".gif", ".npz") or not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"--out {path}: not a .png, .gif or .npz in a folder that exists")
-    if os.path.isdir(path):
-        raise ValueError(f"--out {path}: a folder")
+    folder = os.path.dirname(path) or "."
+    if kind not in (".png", ".gif", ".npz") or os.path.isdir(path) or not os.path.isdir(folder):
+        raise ValueError(f"--out {path}: not a .png, .gif or .npz file in a folder that exists")
     return kind
 
 
@@ -958,7 +957,6 @@ def sample_to_file(args):
     blank = np.empty((n, side, side, 3), np.uint8)
     if kind == ".gif" and max(arrange(blank, shown).size) > 65535:
         raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
-    del blank
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)

@@ -117,7 +117,8 @@ def train_transformer(run, images, tokenizer, codes):
     for step in bar:
         # Draw the batch, or the five batches of a step in L's last epochs (Sec. 4.1).
         batches = 5 if (step + 1) / run.iters * run.epochs > run.accumulate_from else 1
-        x, y, noisy, P = draw_batch(run, images, codes, tokenizer, step, run.batch_size * batches)
+        B = run.batch_size * batches
+        x, y, noisy, P = draw_batch(run, images, codes, len(codebook), step, B)
         layout = layout_of(P)
 
         # Forward, backward: part by part, if the card is too small for the whole batch.
@@ -189,7 +190,7 @@ def resume(path, model, optimizers):
     return state
 
 
-def draw_batch(run, images, codes, tokenizer, step, B):
+def draw_batch(run, images, codes, V, step, B):
     """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
     labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views."""
     g = seeded(run, 2, step)
@@ -200,8 +201,7 @@ def draw_batch(run, images, codes, tokenizer, step, B):
     # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
     y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
     replaced = torch.rand(x.shape, generator=g) < run.replace_codes
-    others = torch.randint(tokenizer.config.codes, x.shape, generator=g)
-    noisy = torch.where(replaced, others, x)
+    noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
 
     # One P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are the usual
     # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
@@ -525,7 +525,6 @@ def find_pictures(folder):
 
     def fail(error):
         raise error
-
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         shown = sorted((name for name in inner if name[0] != "."), reverse=True)
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}

@@ -140,7 +140,7 @@ def train_in_folder(args, options):
     model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
     model.to(device)
     optimizers = train_tiny.make_optimizers(model, run)
-    first, saved = 0, time.monotonic()
+    first, saved, B = 0, time.monotonic(), run.batch_size
     if os.path.exists(path):
         state = train_tiny.resume(path, model, optimizers)
         first = state["step"]
@@ -150,7 +150,7 @@ def train_in_folder(args, options):
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
     for step in bar:
-        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, tokenizer, step, run.batch_size)
+        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, len(codebook), step, B)
         x, y, noisy = x.to(device), y.to(device), noisy.to(device)
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
