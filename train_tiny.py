@@ -415,7 +415,8 @@ def code_images(run, images, tokenizer):
         with open(f"{path}.tmp", "ab") as file:
             first = file.tell() // (2 * math.prod(shape[1:]))
             file.truncate(first * 2 * math.prod(shape[1:]))
-            for start in tqdm(range(first, images.train, 32), "coding images", unit="batch"):
+            for start in tqdm(range(first, images.train, 32), "coding images", unit="batch",
+                              initial=first // 32, total=images.train // 32):
                 pictures = images.read(range(start, min(start + 32, images.train)))
                 coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
                          for view in range(images.views)]                   # (32, L) each
