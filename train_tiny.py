@@ -453,11 +453,11 @@ class Images:
         else:
             pictures, others = find_pictures(folder)
             names, self.train = hold_out(pictures)
-            folders = [name.split("/")[0] for name in names]
-            classes, labels = np.unique(folders, return_inverse=True)
-            empty = {entry.name for entry in os.scandir(folder) if entry.is_dir()} - {*classes}
+            classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
+            folders = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
             self.found = (f"{len(names):,} pictures in {len(classes)} class folders; left out: "
-                          f"{others:,} other files, folders without: {sorted(empty) or 'none'}")
+                          f"{others:,} other files, folders without: "
+                          f"{', '.join(sorted(folders.difference(classes))) or 'none'}")
             if not names:
                 raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
                                  f"found {self.found}")
@@ -528,6 +528,7 @@ def find_pictures(folder):
         raise error
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         shown = sorted((name for name in inner if name[0] != "."), reverse=True)
+        others += len(inner) - len(shown)
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
         inner[:] = sorted(real[path] for path in real.keys() - seen)
         seen |= real.keys()
