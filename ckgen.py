@@ -844,7 +844,7 @@ class Parser(argparse.ArgumentParser):
             self.exit(130, "\nstopped; the same command goes on from what was saved\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
-            self.exit()
+            self.exit(141)
         except (ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
@@ -922,6 +922,13 @@ def arrange(pictures, names):
     return picture_grid([pictures[i::k] for i in range(k)], names)
 
 
+def check_size(kind, n, side, names):
+    """Raises MemoryError or ValueError if n pictures will not fit into memory or into a file."""
+    blank = np.empty((n, side, side, 3), np.uint8)
+    if kind == ".gif" and max(arrange(blank, names).size) > 65535:
+        raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
+
+
 def save_pictures(file, kind, frames, names, settings):
     """Write n pictures to an open file. frames holds them at each moment, (n, h, w, 3) uint8: a
     .gif shows all of it, a .png or an .npz the last, and the .npz the settings beside."""
@@ -952,11 +959,7 @@ def sample_to_file(args):
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
 
-    # What does not fit into memory or file is found out here, before the work.
-    side = layout.sizes[-1] * tokenizer.config.stride
-    blank = np.empty((n, side, side, 3), np.uint8)
-    if kind == ".gif" and max(arrange(blank, shown).size) > 65535:
-        raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
+    check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)

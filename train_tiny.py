@@ -18,6 +18,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import math
@@ -98,7 +99,7 @@ def train_transformer(run, images, tokenizer, codes):
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
-        state = resume(path, model, optimizers)
+        state = resume(path, model, optimizers, tokenizer)
         first, log = state["step"], state["log"]
     elif run.init:
         start_from(model, codebook, run.init)
@@ -180,10 +181,13 @@ def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
         torch.save(state, file)
 
 
-def resume(path, model, optimizers):
-    """Load model and optimizers from a checkpoint. Returns all that it holds."""
+def resume(path, model, optimizers, tokenizer):
+    """Load model and optimizers from a checkpoint. Returns all that it holds. Raises ValueError if
+    it was trained with another tokenizer."""
     state = ckgen.read(path)
     with ckgen.contents_of(path):
+        if not torch.equal(state["tokenizer"]["codebook_weight"], tokenizer.codebook_weight.cpu()):
+            raise ValueError("tokenizer.pt has another codebook")
         model.load_state_dict(state["model"])
         for optimizer, values in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
@@ -256,15 +260,17 @@ def make_optimizers(model, run):
 
 def start_from(model, codebook, path):
     """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
-    Tables of positions or classes of another length keep their own start (as released). Raises
-    ValueError if the rest differs."""
+    Tables of other positions or of another number of classes keep their own start (as released).
+    Raises ValueError if the rest differs."""
     source, tokenizer, *_ = ckgen.load(path)
     if not torch.equal(tokenizer.codebook(), codebook.cpu()):
         raise ValueError(f"--init {path}: its tokenizer has another codebook")
+    tables = {"class_embeddings.weight": source.config.classes == model.config.classes,
+              "embed_positions.weight": source.config.sizes == model.config.sizes,
+              "rope": source.config.sizes == model.config.sizes}
     own, source = model.state_dict(), source.state_dict()
-    for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
-        if len(source[name]) != len(own[name]):
-            source[name] = own[name]
+    for name, fits in tables.items():
+        source[name] = source[name] if fits else own[name]
     try:
         model.load_state_dict(source)
     except RuntimeError:
@@ -412,15 +418,11 @@ def code_images(run, images, tokenizer):
     path = f"{run.out}/codes-{belongs:08x}.u16"
     shape = (images.train, images.views, sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
-        with open(f"{path}.tmp", "ab") as file:
-            first = file.tell() // (2 * math.prod(shape[1:]))
-            file.truncate(first * 2 * math.prod(shape[1:]))
-            for start in tqdm(range(first, images.train, 32), "coding images", unit="batch",
-                              initial=first // 32, total=images.train // 32):
-                pictures = images.read(range(start, min(start + 32, images.train)))
-                coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
-                         for view in range(images.views)]                   # (32, L) each
-                file.write(torch.stack(coded, 1).cpu().numpy().astype(np.uint16).tobytes())
+        try:
+            append_codes(f"{path}.tmp", run, images, tokenizer, shape)
+        except ValueError:  # too many files are damaged: the next start counts them all again
+            os.remove(f"{path}.tmp")
+            raise
         os.replace(f"{path}.tmp", path)
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
@@ -428,6 +430,19 @@ def code_images(run, images, tokenizer):
         return np.memmap(path, np.uint16, "r", shape=shape)
     except OSError as error:
         raise ValueError(f"{path}: cannot be mapped into memory here: {error}") from None
+
+
+def append_codes(path, run, images, tokenizer, shape):
+    """Write the codes of all images to a file, or those that it lacks."""
+    with open(path, "ab") as file:
+        first = file.tell() // (2 * math.prod(shape[1:]))
+        file.truncate(first * 2 * math.prod(shape[1:]))
+        for start in tqdm(range(first, images.train, 32), "coding images", unit="batch",
+                          initial=first // 32, total=images.train // 32):
+            pictures = images.read(range(start, min(start + 32, images.train)))
+            coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
+                     for view in range(images.views)]                       # (32, L) each
+            file.write(torch.stack(coded, 1).cpu().numpy().astype(np.uint16).tobytes())
 
 
 def encode(tokenizer, pictures, sizes):
@@ -527,6 +542,9 @@ def find_pictures(folder):
     def fail(error):
         raise error
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
+        if ".lock" in names:  # the folder of a run: its pictures are our own
+            inner.clear()
+            continue
         shown = sorted((name for name in inner if name[0] != "."), reverse=True)
         others += len(inner) - len(shown)
         real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
@@ -589,9 +607,10 @@ def read_picture(path, side):
     it is transparent, cut to a square. Values of 16 or 32 bits are scaled to 8."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a smaller size
-        image.getexif()  # reads the EXIF; some cannot be written again, which exif_transpose does
-        image.info.pop("exif", None)
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # no EXIF is as good as one that cannot be read
+            image.getexif()
+            image.info.pop("exif", None)  # some cannot be written again, which exif_transpose does
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
             is_16_bit = image.mode.startswith("I") and values.max() < 65536
@@ -657,7 +676,9 @@ def stored_options(folder):
     """The options of the run in a folder, or None."""
     for path in (f"{folder}/checkpoint.pt", f"{folder}/tokenizer.pt"):
         if os.path.exists(path):
-            return ckgen.read(path)["options"]
+            state = ckgen.read(path)
+            with ckgen.contents_of(path):
+                return dict(state["options"])
 
 
 def fill_options(args, dtype):
@@ -665,7 +686,7 @@ def fill_options(args, dtype):
     Raises ValueError if the two contradict each other."""
     given = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
     for key in {"data", "tokenizer", "init"} & given.keys():
-        given[key] = os.path.abspath(given[key])
+        given[key] = given[key] and os.path.abspath(given[key])
     options = stored_options(args.out)
     if options:
         for key, value in given.items():
@@ -679,8 +700,9 @@ def fill_options(args, dtype):
     options |= {"config": config, "scale": "2", "seed": 0}
     if given.keys() >= {"init", "codes"}:
         raise ValueError("--codes: a model of --init needs the codebook that it was trained with")
-    if args.tokenizer and not ckgen.load_tokenizer(args.tokenizer).config.channels:
-        options["image_size"] = ckgen.read(args.tokenizer)["options"]["image_size"]
+    source = args.tokenizer or args.init
+    if source and not ckgen.load_tokenizer(source).config.channels:  # a small one, of a run
+        options["image_size"] = ckgen.read(source)["options"]["image_size"]
     elif args.tokenizer and args.data:  # a VQGAN: the paper's epochs, see `train`
         options |= {"image_size": 256, "iters": None}
     if args.tokenizer or args.init:

@@ -142,7 +142,7 @@ def train_in_folder(args, options):
     optimizers = train_tiny.make_optimizers(model, run)
     first, saved, B = 0, time.monotonic(), run.batch_size
     if os.path.exists(path):
-        state = train_tiny.resume(path, model, optimizers)
+        state = train_tiny.resume(path, model, optimizers, tokenizer)
         first = state["step"]
         if state["options"] != run.options:
             raise ValueError(f"{path}: of another run; remove it")
@@ -215,8 +215,10 @@ def draw(args):
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     few = range(0, len(names), math.ceil(len(names) / (args.n or 16)))
-    labels = torch.tensor(few, device=device).repeat(args.n or 8)[:args.n]
-    layout = Layout(model.config.sizes, options["steps"], device)
+    layout, n = Layout(model.config.sizes, options["steps"], device), args.n or 8 * len(few)
+    shown = [names[label] for label in few[:n]]
+    ckgen.check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
+    labels = torch.tensor(few, device=device).repeat(n // len(few) + 1)[:n]
     options |= {"cfg_start": ckgen.guided_from(5, layout)}
     settings = options | {"labels": labels.cpu(), "seed": args.seed}
     del options["steps"]
@@ -226,7 +228,6 @@ def draw(args):
         if kind == ".gif":
             frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
         frames.append(ckgen.decode_scale(tokenizer, codes, layout))
-        shown = [names[label] for label in few[:len(labels)]]
         ckgen.save_pictures(file, kind, frames, shown, settings)
     print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 

@@ -118,9 +118,9 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     images = train_tiny.Images(args.data or options["data"], options["image_size"])
     if images.fingerprint != options["pictures"]:
         raise ValueError(f"--data {args.data}: not the files that {args.checkpoint} was trained on")
-    real, labels = images.held_out()
-    if len(real) < 2:
+    if len(images.labels) - images.train < 2:
         raise ValueError("--data: too few pictures: less than two are held out")
+    real, labels = images.held_out()
     sizes, V = model.config.sizes, tokenizer.config.codes
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
     decoded = decode(tokenizer, codes, Layout(sizes, 1))

@@ -88,6 +88,7 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
             (evaluate, f"{plain} --data {pictures}", "not the files that"),
             (coarse, f"draw {plain}", "checkpoint.pt: not written by coarse.py"),
             (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
+            (coarse, f"draw {both} --n 6000 --out {tmp_path}/a.gif", "at most 65,535 pixels"),
             (coarse, f"train {tmp_path}/none --clusters 4", "none: holds no run of train_tiny.py"),
             (coarse, f"{train_on} 17", "17 clusters need more than 16 codes"),
             (coarse, f"{train_on} 5", "coarse-5.pt: damaged"),
