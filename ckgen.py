@@ -981,7 +981,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
-        help="by name or number, in turn; none is no class (default: up to --n or 16 of them)")
+        help="by name or number, in turn; none is no class (default: --n of them, or 16)")
     add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale: fewer are faster")
     add("--cfg", type=within(float, 0, 1000), metavar="W",
