@@ -707,7 +707,7 @@ def read(path):
             archive = zipfile.ZipFile(file)  # torch can write it without checksums: all are 0
             if archive.infolist()[0].CRC and archive.testzip():
                 raise ValueError("a checksum is wrong")
-        elif not start.startswith(b"\x80"):  # nor a pickle, as torch once wrote them
+        elif not start.startswith((b"PK", b"\x80")):  # half of a zip, or a pickle as of old
             raise ValueError(f"no checkpoint, but a file that starts with {start}")
         file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the author's files hold one
