@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import bfloat16, equal, float32
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -603,6 +603,20 @@ def test_reads_whatever_pillow_opens(tmp_path, monkeypatch):
     for path in tmp_path.iterdir():
         read = np.array(train_tiny.read_picture(path, 8), int)
         assert abs(read[:, [0, 7]] - [[77], [255]]).max() <= 1, (path, read[0])
+
+
+def test_a_fault_of_the_disk_is_not_hidden_by_the_turning_of_a_picture(tmp_path, monkeypatch):
+    """Not even if the pixels can be read the second time: it would come out unturned."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    original, faults = ImageFile.ImageFile.load, [OSError(5, "Input/output error")]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: throw(faults.pop()) if faults
+                        else original(image))
+    with pytest.raises(OSError, match="Input/output"):
+        train_tiny.read_picture(tmp_path / "a.png", 8)
+
+
+def throw(error):
+    raise error
 
 
 def make_files(folder, *names):

@@ -24,6 +24,7 @@ import functools
 import math
 import os
 import re
+import struct
 import sys
 import time
 import zlib
@@ -607,10 +608,12 @@ def read_picture(path, side):
     it is transparent, cut to a square. Values of 16 or 32 bits are scaled to 8."""
     with Image.open(path) as image:
         image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a smaller size
-        with contextlib.suppress(Exception):  # no EXIF is as good as one that cannot be read
+        # Some EXIF cannot be read, and some cannot be written again, which exif_transpose does.
+        with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
             image.getexif()
-            image.info.pop("exif", None)  # some cannot be written again, which exif_transpose does
-            image = ImageOps.exif_transpose(image)
+        for key in ("exif", "Raw profile type exif"):
+            image.info.pop(key, None)
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
             is_16_bit = image.mode.startswith("I") and values.max() < 65536
