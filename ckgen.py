@@ -492,6 +492,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
+    cfg_start = guided_from(cfg_start, layout)
     class_token, modulations = model.embed_class(labels)
     ropes = model.ropes(layout)
     codebook = codebook.to(class_token.dtype)
@@ -513,7 +514,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             logits = model.transform(x, modulations, ropes, None, caches, start)
         if cfg > 0:
             cond, uncond = logits.chunk(2)
-            w = cfg if t >= guided_from(cfg_start, layout) else 0
+            w = cfg if t >= cfg_start else 0
             logits = cond + w * (cond - uncond)
         codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
         latents[:, cell] = codebook[codes[:, cell]]

@@ -96,7 +96,7 @@ def train_transformer(run, images, tokenizer, codes):
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     torch.manual_seed(run.seed)
-    model = new_model(run, tokenizer).to(device)
+    model = Checkerboard(model_config(run, tokenizer)).to(device)
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
@@ -166,10 +166,10 @@ def train_transformer(run, images, tokenizer, codes):
         draw_pictures(run, model, tokenizer)
 
 
-def new_model(run, tokenizer):
-    """The untrained model of a run, for the codes of this tokenizer."""
-    return Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
-                               run.layers, run.heads, run.ffn))
+def model_config(run, tokenizer):
+    """The Config of a run's model, for the codes of this tokenizer."""
+    return Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width, run.layers,
+                  run.heads, run.ffn)
 
 
 def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
@@ -542,22 +542,21 @@ def find_pictures(folder):
 
     def fail(error):
         raise error
+
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         if ".lock" in names:  # the folder of a run: its pictures are our own
             inner.clear()
             continue
-        shown = sorted((name for name in inner if name[0] != "."), reverse=True)
-        others += len(inner) - len(shown)
-        real = {os.path.realpath(os.path.join(place, name)): name for name in shown}
+        visible = sorted((name for name in inner if name[0] != "."), reverse=True)
+        others += len(inner) - len(visible)
+        real = {os.path.realpath(os.path.join(place, name)): name for name in visible}
         inner[:] = sorted(real[path] for path in real.keys() - seen)
         seen |= real.keys()
-        for name in names:
-            file = Path(place, name)
-            name = file.relative_to(folder)
-            kind = kinds.get(file.suffix.lower())
-            shown = len(name.parts) > 1 and file.name[0] != "."
-            if shown and kind in Image.OPEN and file.is_file():
-                pictures[name.as_posix()] = file.stat().st_size
+        for file in (Path(place, name) for name in names):
+            relative = file.relative_to(folder)
+            readable = kinds.get(file.suffix.lower()) in Image.OPEN and file.name[0] != "."
+            if len(relative.parts) > 1 and readable and file.is_file():
+                pictures[relative.as_posix()] = file.stat().st_size
             else:
                 others += 1
     return pictures, others
@@ -585,9 +584,9 @@ def hold_out(names):
     names = sorted(sorted(names), key=checksum)
     last = {*{name.split("/")[0]: name for name in names}.values()}
     twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20 and name not in last]
-    held_out = set(twentieth[:2000])
+    held_out = dict.fromkeys(twentieth[:2000])  # a set that keeps its order
     train = [name for name in names if name not in held_out]
-    return train + twentieth[:2000], len(train)
+    return [*train, *held_out], len(train)
 
 
 def crop(pictures, size, view=4):
@@ -755,7 +754,8 @@ def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
     *_, above, source = os.path.abspath(args.data or "toy").split(os.sep)
     source = above if source == "train" else source  # of tiny-imagenet-200/train, for one
-    args.out = args.out or f"runs/{source}-{args.scale or 2}x{'-init' * bool(args.init)}"
+    init = "-init" if args.init else ""
+    args.out = args.out or f"runs/{source}-{args.scale or 2}x{init}"
     with lock(args.out):
         train_in_folder(args)
 
@@ -783,7 +783,8 @@ def train_in_folder(args):
         raise ValueError(f"--image-size must be a multiple of {stride}, --batch-size of {WORLD}")
     run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):  # what does not fit is said now
-        start_from(new_model(run, tokenizer), tokenizer.codebook(), run.init)
+        untrained = Checkerboard(model_config(run, tokenizer))
+        start_from(untrained, tokenizer.codebook(), run.init)
     if RANK == 0:
         print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
               f"{run.iters} steps, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")

@@ -133,10 +133,8 @@ def train_in_folder(args, options):
     codes = train_tiny.code_images(run, images, tokenizer)
 
     codebook = tokenizer.codebook()                                      # (V, C)
-    config = Config(run.sizes, len(images.classes), *codebook.shape, run.width, run.layers,
-                    run.heads, run.ffn)
     torch.manual_seed(run.seed)
-    model = CoarseToFine(config, args.clusters)
+    model = CoarseToFine(train_tiny.model_config(run, tokenizer), args.clusters)
     model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
     model.to(device)
     optimizers = train_tiny.make_optimizers(model, run)
@@ -215,19 +213,20 @@ def draw(args):
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     few = range(0, len(names), math.ceil(len(names) / (args.n or 16)))
-    layout, n = Layout(model.config.sizes, options["steps"], device), args.n or 8 * len(few)
+    n = args.n or 8 * len(few)
+    P = options.pop("steps")
+    layout = Layout(model.config.sizes, P, device)
+    options |= {"cfg_start": ckgen.guided_from(5, layout), "seed": args.seed}
     shown = [names[label] for label in few[:n]]
     ckgen.check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(few, device=device).repeat(n // len(few) + 1)[:n]
-    options |= {"cfg_start": ckgen.guided_from(5, layout)}
-    settings = options | {"labels": labels.cpu(), "seed": args.seed}
-    del options["steps"]
     with ckgen.write_whole(args.out) as file:
-        codes = generate(model, tokenizer, labels, layout, args.seed, **options)
+        codes = generate(model, tokenizer, labels, layout, **options)
         frames = []
         if kind == ".gif":
             frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
         frames.append(ckgen.decode_scale(tokenizer, codes, layout))
+        settings = {"labels": labels.cpu(), "steps": P} | options
         ckgen.save_pictures(file, kind, frames, shown, settings)
     print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 

@@ -6,6 +6,9 @@
 Each time stands beside a floor: the time in which this device copies the weights of all layers once
 for each step, or computes as many products in large matrices, whichever is longer. On a CUDA GPU a
 second way to draw is measured, SamplerGraph: `sample` as one CUDA graph. No card has run it yet.
+
+On a CPU, L draws one image in 1.12 times the time that it takes if its layers compute W x^T instead
+of x W^T (2 cores with AVX-512, six pairs in one process): the price of leaving nn.Linear as it is.
 """
 
 import argparse
