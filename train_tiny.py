@@ -546,6 +546,7 @@ def find_pictures(folder):
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         if ".lock" in names:  # the folder of a run: its pictures are our own
             inner.clear()
+            others += len(names)
             continue
         visible = sorted((name for name in inner if name[0] != "."), reverse=True)
         others += len(inner) - len(visible)
