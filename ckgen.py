@@ -479,15 +479,20 @@ def guided_from(cfg_start, layout):
 
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
-           return_entropy=False):
+           return_entropy=False, known=None):
     """Draw the codes (B, L) of one image for each label (B,), one forward pass a step. codebook is
     (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
     and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
     in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
 
+    With known codes (B, L), -1 where a code is to be drawn: also log_p (B,), the log of the
+    probability that all draws would have given the known codes. Raises ValueError at temperature 0.
+
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
+    if known is not None and temperature == 0:
+        raise ValueError("known codes have a probability if the temperature is above 0")
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # the batch twice: with its classes, and without
@@ -499,6 +504,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     caches = class_token.new_empty(len(model.layers), 2, len(labels), H, 1 + L, d)
     codes = torch.zeros(B, L, dtype=torch.long, device=labels.device)
     entropies = torch.zeros(B, L, device=labels.device)
+    log_p = torch.zeros(B, device=labels.device)
     latents = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(latents)
     for t, (scale, start, end) in enumerate(layout.steps):
@@ -517,10 +523,20 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             w = cfg if t >= cfg_start else 0
             logits = cond + w * (cond - uncond)
         codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
+        if known is not None:
+            given = known[:, cell]
+            codes[:, cell] = torch.where(given < 0, codes[:, cell], given)
+            log_p -= F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
+                                     reduction="none").sum(1)
         latents[:, cell] = codebook[codes[:, cell]]
         if return_entropy:
             entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
-    return (codes, entropies) if return_entropy else codes
+    results = [codes]
+    if return_entropy:
+        results.append(entropies)
+    if known is not None:
+        results.append(log_p)
+    return results if len(results) > 1 else codes
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):

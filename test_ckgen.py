@@ -110,6 +110,14 @@ def test_no_token_learns_of_its_own_block_or_a_later_one(ratio):
             assert not changed[:, :end - 1].any() and changed[:, end - 1:].all(), (P, start)
 
 
+def guided_logits(model, codebook, codes, labels, layout, cfg, cfg_start):
+    """The logits (B, L, V) of one pass over all codes, guided from that step on."""
+    logits, without_class = (model(codebook[codes], y, layout) for y in (labels, labels * 0 + 3))
+    start = layout.steps[cfg_start][1] - 1
+    logits[:, start:] += cfg * (logits - without_class)[:, start:]
+    return logits
+
+
 @ratios
 def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
     """Without and with guidance, from its step on; with RoPE mixing in no, some, or all layers."""
@@ -119,13 +127,32 @@ def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
         ckgen.for_sampling(model, float32)
         codes, entropies = sample(model, codebook, labels, layout, cfg, 2, temperature=0,
                                   return_entropy=True)
-        logits = model(codebook[codes], labels, layout)
-        without_class = model(codebook[codes], labels * 0 + 3, layout)
-        start, cell = layout.steps[2][1] - 1, layout.cell[1:]
-        logits[:, start:] += cfg * (logits - without_class)[:, start:]
+        cell = layout.cell[1:]
+        logits = guided_logits(model, codebook, codes, labels, layout, cfg, 2)
         assert equal(logits.argmax(-1), codes[:, cell]), (cfg, mixing_layers)
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         close(entropies[:, cell], entropy, 1e-4)
+
+
+@ratios
+def test_known_codes_are_taken_and_have_the_probability_of_one_pass(ratio):
+    """Guided, and at a temperature. If none is known, the draws are those of `sample` without."""
+    model, layout, codes, labels, codebook = example(scale_sizes(5, ratio))
+    for share, cfg in product((0, 0.5, 1), (0, 1.5)):
+        known = codes.where(torch.rand(codes.shape) < share, -1)
+        given, cell = known >= 0, layout.cell[1:]
+        options = dict(cfg=cfg, cfg_start=2, temperature=0.7)
+        drawn, log_p = sample(model, codebook, labels, layout, known=known,
+                              generator=torch.Generator(), **options)
+        assert equal(drawn[given], known[given]), (share, cfg)
+        logits = guided_logits(model, codebook, drawn, labels, layout, cfg, 2) / 0.7
+        log_p_of_cells = logits.log_softmax(-1).gather(2, drawn[:, cell, None])[..., 0]
+        close(log_p, (log_p_of_cells * given[:, cell]).sum(1), 1e-3)
+        if share == 0:
+            assert equal(drawn, sample(model, codebook, labels, layout,
+                                       generator=torch.Generator(), **options))
+    with pytest.raises(ValueError, match="temperature"):
+        sample(model, codebook, labels, layout, temperature=0, known=known)
 
 
 def test_guidance_has_an_effect_however_few_steps_there_are():

@@ -2,10 +2,12 @@
 
     python study/evaluate.py runs/toy-2x/checkpoint.pt
 
-prints the tokenizer's error, the loss on held-out images for several P, and what a classifier that
-is trained on the real images says of 1000 samples: how many it takes for their class, and how far
-their features lie from real ones (Frechet distance). Of toy shapes also: in how many samples two
-colours mix. The last line says the same of held-out images.
+prints the tokenizer's error; the loss on held-out images for several P; if there are at most 20
+classes, how many bits a held-out picture takes, and for how many the model itself finds the class,
+as that under which the picture is likeliest; and what a classifier that is trained on the real
+images says of 1000 samples: how many it takes for their class, and how far their features lie from
+real ones (Frechet distance). Of toy shapes also: in how many samples two colours mix. The last line
+says the same of held-out images.
 """
 
 import argparse
@@ -105,21 +107,39 @@ def decode(tokenizer, codes, layout):
     return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
+def log_likelihoods(model, codebook, codes, layout, classes):
+    """log p(picture | class), in nats, (n, classes), of pictures of codes (n, L): all are known."""
+    columns = []
+    for label in tqdm(range(classes), "likelihoods", unit="class", leave=False):
+        parts = [ckgen.sample(model, codebook, torch.full_like(part[:, 0], label), layout,
+                              known=part)[1] for part in codes.split(64)]
+        columns.append(torch.cat(parts))
+    return torch.stack(columns, 1).cpu()
+
+
+def images_of(path, data=None):
+    """The options and the images of a run, of whose checkpoint this is the path. data: where its
+    pictures are now. Raises ValueError or OSError."""
+    options = ckgen.read(path).get("options")
+    if not options:
+        raise ValueError(f"{path}: not a checkpoint of train_tiny.py")
+    images = train_tiny.Images(data or options["data"], options["image_size"])
+    if images.fingerprint != options["pictures"]:
+        raise ValueError(f"--data {data}: not the files that {path} was trained on")
+    if len(images.labels) - images.train < 2:
+        raise ValueError("--data: too few pictures: less than two are held out")
+    return options, images
+
+
 def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
              generate=ckgen.generate):
     """Print all that the header says. The three functions are those of the kind of model, as
     coarse.py has another. Raises ValueError or OSError."""
     device, _ = ckgen.find_device(args.device)
     model, tokenizer, classes, defaults = load(args.checkpoint, device)
-    options = ckgen.read(args.checkpoint).get("options")
-    if not options:
-        raise ValueError(f"{args.checkpoint}: not a checkpoint of train_tiny.py")
+    options, images = images_of(args.checkpoint, args.data)
     defaults["steps"] = args.steps or defaults["steps"]
-    images = train_tiny.Images(args.data or options["data"], options["image_size"])
-    if images.fingerprint != options["pictures"]:
-        raise ValueError(f"--data {args.data}: not the files that {args.checkpoint} was trained on")
-    if len(images.labels) - images.train < 2:
-        raise ValueError("--data: too few pictures: less than two are held out")
     real, labels = images.held_out()
     sizes, V = model.config.sizes, tokenizer.config.codes
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
@@ -130,11 +150,18 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     for P in sorted({1, 2, 3, 4, 8, 16, defaults["steps"]}):
         losses = held_out_loss(model, codebook, codes, labels, Layout(sizes, P, device))
         print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
+    layout = Layout(sizes, defaults["steps"], device)
+    if isinstance(model, ckgen.Checkerboard) and len(classes) <= 20:
+        log_p = log_likelihoods(model, codebook, codes, layout, len(classes))
+        right = (log_p.argmax(1) == labels).double().mean()
+        bits = -log_p[range(len(labels)), labels].mean() / math.log(2)
+        print(f"P = {defaults['steps']}: {bits:.1f} bits a held-out picture; class accuracy by "
+              f"likelihood {right:.3f}")
 
     classifier = train_classifier(images, device)
     wanted = torch.arange(SAMPLES) % len(classes)
     said, start = str(defaults), time.monotonic()
-    layout = Layout(sizes, defaults.pop("steps"), device)
+    del defaults["steps"]
     seed = options["seed"] if args.seed is None else args.seed
     codes = generate(model, tokenizer, wanted.to(device), layout, seed, **defaults)
     codes[-1].tolist()  # this waits for a GPU

@@ -1,6 +1,7 @@
 """What must hold of the laboratory. Run: python -m pytest -q study/test_study.py"""
 
 import functools
+import math
 import re
 import shutil
 from unittest.mock import MagicMock, Mock
@@ -13,12 +14,13 @@ from PIL import Image
 from torch import equal
 
 import coarse
+import complete
 import evaluate  # makes what follows importable
 import speed
 import ckgen
 import test_ckgen
 import train_tiny
-from ckgen import Config, Layout, loss_by_scale, sample
+from ckgen import Checkerboard, Config, Layout, loss_by_scale, sample
 from test_ckgen import SIZES, close, differences, example
 from test_ckgen import card, finished, miniature, pictures  # fixtures
 
@@ -71,6 +73,8 @@ def test_evaluation_of_both_kinds_of_model(finished, coarse_to_fine, quick, caps
         if module is coarse:
             assert abs(rows[:, 4:].sum(1) - rows[:, 0]).max() < 0.002, said
         assert len(re.findall(r"accuracy [01]\.\d+, Frechet distance \d+\.\d+, two", said)) == 2
+        bits = re.findall(r"P = 4: ([\d.]+) bits .* accuracy by likelihood [01]\.\d+", said)
+        assert module is coarse or abs(float(bits[0]) * math.log(2) - 21 * rows[3, 0]) < 0.1, said
 
 
 def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, capfd):
@@ -86,6 +90,10 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
             (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: not a checkpoint"),
             (evaluate, f"{both}", "coarse-4.pt: not a checkpoint"),
             (evaluate, f"{plain} --data {pictures}", "not the files that"),
+            (complete, f"{plain} --keep 4x4", "--keep 4x4: not among left, right, top, bottom"),
+            (complete, f"{plain} x.png --class dog", "--class dog: not among circle, ring"),
+            (complete, f"{plain} --out {tmp_path}/a.gif", "a.gif: not a .png"),
+            (complete, f"{plain} {tmp_path}/x.png", "x.png"),
             (coarse, f"draw {plain}", "checkpoint.pt: not written by coarse.py"),
             (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
             (coarse, f"draw {both} --n 6000 --out {tmp_path}/a.gif", "at most 65,535 pixels"),
@@ -97,6 +105,49 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
         said = capfd.readouterr().err.split("\n")[-2]  # progress bars stand above
         assert "error: " in said and complaint in said, (words, said)
     assert not (tmp_path / "none").exists()
+
+
+# Completion ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_completions_follow_the_probability_given_what_is_known():
+    """Here it can be computed: of 2^5 pictures of 1x1 and 2x2 cells with two codes."""
+    torch.manual_seed(0)
+    model, layout = Checkerboard(Config((1, 2), 1, 2, 8, 32, 2, 2, 48)), Layout((1, 2), 2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.6)
+    codebook = F.normalize(torch.randn(2, 8), dim=-1)
+    pictures = torch.cartesian_prod(*[torch.arange(2)] * 5)
+    log_p = evaluate.log_likelihoods(model, codebook, pictures, layout, 1)[:, 0]
+    close(log_p.exp().sum(), torch.ones(()))
+    known = torch.tensor([-1, -1, -1, 1, 1])
+    p = log_p.exp() * (pictures[:, 3:] == 1).all(1)
+    p = p / p.sum() @ pictures.float()                          # of code 1 in each cell
+    drawn = [complete.complete(model, codebook, torch.tensor([0]), layout, known, candidates)
+             for candidates in [1] * 300 + [64] * 300]
+    one, many = torch.stack(drawn).float().view(2, 300, 5).mean(1)
+    assert abs(many - p).max() < 0.1 and abs(one - p).max() > 0.2, (one, many, p)
+
+
+def test_a_cell_is_known_if_all_its_pixels_are():
+    layout = Layout((1, 2, 3), 4)
+    pixels = torch.ones(12, 12, dtype=torch.bool)
+    pixels[11, 5] = False
+    codes = torch.arange(14)[None]
+    known = complete.known_codes(codes, pixels, layout)
+    assert known.tolist() == [[-1, 1, 2, -1, 4, 5, 6, 7, 8, 9, 10, 11, -1, 13]]
+    assert complete.coarse_codes(codes, 2, layout).tolist() == [[0, 1, 2, 3, 4] + [-1] * 9]
+
+
+def test_completion_by_command(finished, pictures, tmp_path, capsys):
+    """Of held-out pictures and of files."""
+    files = [str(path) for path in sorted(pictures.rglob("*.png"))[:3]]
+    for words, n, rows in (("--keep right --n 5", 5, 4),
+                           ("--keep 2x2 --candidates 4 --cfg 1 --temperature 0.7", 8, 3),
+                           (f"{' '.join(files)} --class star --candidates 1 2 3 --steps 2", 3, 5)):
+        run(complete, f"{finished}/checkpoint.pt {words} --out {tmp_path}/a.png")
+        assert f"a.png: {n} pictures, picture, kept" in capsys.readouterr().out
+        assert Image.open(tmp_path / "a.png").height == rows * 100, words  # of 96 pixels, and 4
 
 
 # Coarse to fine -----------------------------------------------------------------------------------
@@ -213,6 +264,7 @@ def test_speed_measures_drawing_decoding_and_training(monkeypatch, capsys):
 def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
     for module, words in ((train_tiny, f"--config tiny --iters 2 --out {tmp_path}"),
                           (evaluate, f"{tmp_path}/checkpoint.pt"),
+                          (complete, f"{tmp_path}/checkpoint.pt --out {tmp_path}/a.png"),
                           (coarse, f"train {tmp_path} --clusters 4"),
                           (coarse, f"evaluate {tmp_path}/coarse-4.pt"),
                           (coarse, f"draw {tmp_path}/coarse-4.pt --out {tmp_path}/a.gif")):

@@ -1,0 +1,139 @@
+"""Complete a picture of which a part is known, or enlarge a small one.
+
+    python study/complete.py runs/toy-2x/checkpoint.pt --keep left
+    python study/complete.py runs/toy-2x/checkpoint.pt --keep 2x2
+    python study/complete.py runs/toy-2x/checkpoint.pt my.png --class star --keep top
+
+draws what is missing of held-out pictures, or of files. The codes of known cells are given to
+`sample` instead of drawn. This alone fails: coarse maps, which decide what the picture shows, are
+drawn before a known cell of a finer map is seen. But `sample` also says how probable the known
+codes were, given all that was drawn before them. So several candidates are drawn side by side, and
+one of them is kept, with chances in proportion to that probability (importance sampling). A row of
+the output shows one candidate, where nothing is chosen, another the choice among many.
+
+A cell is known if all its pixels are. That is exact for the small tokenizer, whose encoder sees one
+cell at a time, and an approximation for a VQGAN, whose encoder sees its neighbours too.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import evaluate  # makes ckgen and train_tiny importable
+import ckgen
+import train_tiny
+from ckgen import Layout
+
+HALVES = ("left", "right", "top", "bottom")
+
+
+def complete(model, codebook, label, layout, known, candidates, generator=None, **options):
+    """Draw a picture of class label, a tensor (1,), around known codes (L,), which are -1 where
+    nothing is known: codes (L,). options are those of `sample`."""
+    codes, log_p = ckgen.sample(model, codebook, label.repeat(candidates), layout,
+                                known=known.repeat(candidates, 1), generator=generator, **options)
+    chosen = ckgen.draw(log_p[None, None], 1, generator)
+    return codes[chosen.item()]
+
+
+def known_codes(codes, pixels, layout):
+    """Codes (B, L) with -1 in all cells of which a pixel is not known. pixels (h, h), bool."""
+    unknown = [F.adaptive_max_pool2d(1 - pixels[None].float(), n).flatten() for n in layout.sizes]
+    return codes.masked_fill(torch.cat(unknown).to(codes.device) > 0, -1)
+
+
+def coarse_codes(codes, scales, layout):
+    """Codes (B, L) with -1 in all maps but the first few: a small picture, to be enlarged."""
+    known = codes.clone()
+    known[:, layout.scales[scales].start:] = -1
+    return known
+
+
+def half(name, size):
+    """The pixels (size, size), bool, of one of HALVES."""
+    pixels = torch.zeros(size, size, dtype=torch.bool)
+    pixels[:, :size // 2] = True
+    return pixels.rot90(("left", "bottom", "right", "top").index(name))
+
+
+def complete_all(args):
+    """Complete what the command line asks for. Raises ValueError or OSError."""
+    if ckgen.kind_of_output(args.out) != ".png":
+        raise ValueError(f"--out {args.out}: not a .png")
+    device, dtype = ckgen.find_device(args.device)
+    model, tokenizer, classes, options = ckgen.load(args.checkpoint, device, dtype)
+    options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
+    layout = Layout(model.config.sizes, options.pop("steps"), device)
+    size = layout.sizes[-1] * tokenizer.config.stride
+    maps = [f"{n}x{n}" for n in layout.sizes[:-1]]
+    if args.keep not in (*HALVES, *maps):
+        raise ValueError(f"--keep {args.keep}: not among {', '.join((*HALVES, *maps))}")
+
+    # The pictures (n, 3, size, size), uint8, and their classes (n,).
+    if args.pictures:
+        names = [*classes, "none"]
+        if args.label not in names:
+            raise ValueError(f"--class {args.label}: not among {', '.join(names[:20])} ...")
+        pictures = [np.array(train_tiny.read_picture(path, size)) for path in args.pictures]
+        pictures = torch.from_numpy(np.stack(pictures)).movedim(-1, 1)
+        labels = torch.full((len(pictures),), names.index(args.label))
+    else:
+        _, images = evaluate.images_of(args.checkpoint, args.data)
+        pictures, labels = images.held_out(args.n)
+
+    # What is known of them.
+    codes = train_tiny.encode(tokenizer, pictures, layout.sizes)            # (n, L)
+    whole = ckgen.decode_scale(tokenizer, codes, layout)
+    if args.keep in HALVES:
+        pixels = half(args.keep, size)
+        known = known_codes(codes, pixels, layout)
+        kept = np.where(pixels[..., None], whole, np.uint8(128))
+    else:
+        scales = 1 + maps.index(args.keep)
+        known = coarse_codes(codes, scales, layout)
+        kept = ckgen.decode_scale(tokenizer, codes, layout, scales - 1)
+        kept = kept.repeat(size // kept.shape[1], 1).repeat(size // kept.shape[2], 2)
+
+    # A row for each number of candidates.
+    rows, row_names = [whole, kept], ["picture", f"kept: {args.keep}"]
+    for candidates in args.candidates:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        completed = [complete(model, tokenizer.codebook(), labels[i:i + 1].to(device), layout,
+                              known[i], candidates, generator, **options)
+                     for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
+        rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
+        row_names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
+    with ckgen.write_whole(args.out) as file:
+        ckgen.picture_grid(rows, row_names).save(file, "PNG")
+    print(f"{args.out}: {len(labels)} pictures, {', '.join(row_names)}")
+
+
+def main(arguments=None):
+    """The command line of this file."""
+    parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, within = parser.add_argument, ckgen.within
+    add("checkpoint", help="of a finished run, or of one on its way")
+    add("pictures", nargs="*", help="files (default: held-out pictures of the run)")
+    add("--class", dest="label", default="none", metavar="NAME",
+        help="of the files (default: none)")
+    add("--data", metavar="DIR", help="where the run's pictures are now")
+    add("--n", type=within(int, 1, 100), default=8, help="how many held-out pictures (default: 8)")
+    add("--keep", default="left", metavar="PART",
+        help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
+    add("--candidates", type=within(int, 1, 10000), nargs="+", default=[1, 64], metavar="K",
+        help="drawn side by side, one is kept (default: a row with 1, one with 64)")
+    add("--steps", type=within(int, 1), metavar="P", help="steps for each scale")
+    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance; 0 is off")
+    add("--temperature", type=within(float, 1e-3, 100), metavar="T",
+        help="divides the logits (default of all three: the checkpoint's)")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="(default: 0)")
+    add("--out", default="completed.png", help="a .png (default: completed.png)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.run(complete_all, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()
