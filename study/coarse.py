@@ -96,8 +96,12 @@ class CoarseToFine(nn.Module):
         return logits.masked_fill(outside, -math.inf)
 
     @torch.no_grad()
-    def sample(self, labels, layout, cfg=0.0, temperature=1.0, generator=None, **options):
-        """Draw codes (B, L) for labels (B,), guided in both stages. options: cfg_start."""
+    def sample(self, labels, layout, cfg=0.0, temperature=1.0, fine_temperature=None,
+               generator=None, **options):
+        """Draw codes (B, L) for labels (B,), guided in both stages. fine_temperature is that of
+        stage 2, by default that of stage 1. options: cfg_start."""
+        if fine_temperature is None:
+            fine_temperature = temperature
         clusters = ckgen.sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
                                 temperature=temperature, generator=generator, **options)
         logits = self.refine(clusters, labels, layout)
@@ -106,7 +110,7 @@ class CoarseToFine(nn.Module):
             guided = logits + cfg * (logits - uncond)                    # -inf - -inf is nan
             logits = torch.where(logits.isinf(), logits, guided)
         codes = torch.empty_like(clusters)
-        codes[:, layout.cell[1:]] = ckgen.draw(logits, temperature, generator)
+        codes[:, layout.cell[1:]] = ckgen.draw(logits, fine_temperature, generator)
         return codes
 
 
@@ -217,6 +221,8 @@ def draw(args):
     P = options.pop("steps")
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": ckgen.guided_from(5, layout), "seed": args.seed}
+    if args.fine_temperature is not None:
+        options["fine_temperature"] = args.fine_temperature
     shown = [names[label] for label in few[:n]]
     ckgen.check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(few, device=device).repeat(n // len(few) + 1)[:n]
@@ -317,7 +323,9 @@ def main(arguments=None):
     add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale (default: 4)")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance of both stages; 0 is off")
-    add("--temperature", type=within(float, 0, 100), metavar="T", help="divides all logits")
+    add("--temperature", type=within(float, 0, 100), metavar="T", help="divides the logits")
+    add("--fine-temperature", type=within(float, 0, 100), metavar="T",
+        help="the same for stage 2 (default: as stage 1)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="(default: 0)")
     add("--out", default="samples.png", help="a .png, .gif or .npz (default: samples.png)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")

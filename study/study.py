@@ -44,7 +44,20 @@ def shuffled(size):
     return cells
 
 
-ORDERS = {"checkerboard": ckgen.progressive_checkerboard, "random": shuffled, "raster": raster}
+def halton(size):
+    """All cells in the order of Halton-MaskGIT (Besnier et al. 2025): that in which the points of a
+    Halton sequence, of bases 2 and 3, first fall into them."""
+    def mirrored(number, base):
+        """The digits of a number, mirrored at the point: 6 is 110 in base 2, so 0.011 is 0.375."""
+        return (number % base + mirrored(number // base, base)) / base if number else 0.0
+
+    points = range(1, 100 * size * size)
+    return [*dict.fromkeys((int(size * mirrored(i, 2)), int(size * mirrored(i, 3)))
+                           for i in points)]
+
+
+ORDERS = {"checkerboard": ckgen.progressive_checkerboard, "Halton": halton, "random": shuffled,
+          "raster": raster}
 SCALES = {"1": "one map", "4": "ratio 4", "3": "ratio 3", "2": "ratio 2", "sqrt2": "ratio sqrt 2"}
 STEPS = (1, 2, 4, 8, 16, 32, 64)  # P; the last map has 64 cells
 
@@ -276,7 +289,7 @@ def title(study, quantity):
 def scan(study):
     """Sec. 3.2: the orders, on 16x16 cells in 16 steps."""
     blocks = [np.array_split(order(16), 16) for order in ORDERS.values()]
-    boards = np.full((3, 1, 16, 16, 3), 235, np.uint8)
+    boards = np.full((len(blocks), 1, 16, 16, 3), 235, np.uint8)
     frames = []
     for step in range(16):
         boards[(boards == (213, 94, 0)).all(-1)] = (0, 114, 178)  # what was drawn before

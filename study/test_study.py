@@ -17,6 +17,7 @@ import coarse
 import complete
 import evaluate  # makes what follows importable
 import speed
+import study
 import ckgen
 import test_ckgen
 import train_tiny
@@ -44,6 +45,24 @@ def quick(monkeypatch):
     hardly = functools.partial(evaluate.train_classifier, iters=10)
     monkeypatch.setattr(evaluate, "train_classifier", hardly)
     monkeypatch.setattr(evaluate, "SAMPLES", 64)
+
+
+# Claims -------------------------------------------------------------------------------------------
+
+def test_orders_visit_all_cells_and_part_neighbours_differently():
+    """Pairs of neighbours that are drawn in one step, on 16x16 cells with P = 4, 8, 16."""
+    found = {}
+    for name, order in study.ORDERS.items():
+        assert all(sorted(order(size)) == sorted(study.raster(size)) for size in range(1, 20)), name
+        for P in (4, 8, 16):
+            block = np.zeros((16, 16), int)
+            for number, cells in enumerate(np.array_split(order(16), P)):
+                block[*cells.T] = number
+            pairs = (np.diff(block, axis=0) == 0).sum() + (np.diff(block, axis=1) == 0).sum()
+            found.setdefault(name, []).append(pairs)
+    random = found.pop("random")
+    assert np.allclose(random, [118, 59, 28], atol=20), random  # 480 (256 / P - 1) / 255
+    assert found == {"checkerboard": [0] * 3, "Halton": [71, 19, 4], "raster": [432, 368, 240]}
 
 
 # Evaluation ---------------------------------------------------------------------------------------
@@ -189,6 +208,9 @@ def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
             cond, uncond = (model.refine(expected, y, layout).clamp(-1e6) for y in (labels, none))
             guided = cond + cfg * (cond - uncond)
             assert equal(drawn[:, cell], guided.argmax(-1)), (K, cfg)
+            hotter = model.sample(labels, layout, **options, fine_temperature=9)
+            assert equal(model.cluster[hotter], expected), (K, cfg)
+            assert equal(hotter, drawn) == (K == 17), (K, cfg)
 
 
 def test_both_stages_stopped_go_on_to_the_same_file(finished, coarse_to_fine, tmp_path,
@@ -220,7 +242,8 @@ def test_drawing_by_command(coarse_to_fine, tmp_path):
     assert draw("", "a.npz").shape == (64, 16, 16, 3)  # eight of each class
     one = draw("--n 1 --steps 2 --cfg 2 --temperature 0.5", "b.npz")[0]
     assert np.array_equal(one, draw("--n 1 --steps 2 --cfg 2 --temperature 0.5", "one.png"))
-    assert not np.array_equal(one, draw("--n 1 --steps 2 --seed 1", "one.png"))
+    for options in ("--seed 1", "--cfg 2 --temperature 0.5 --fine-temperature 9"):
+        assert not np.array_equal(one, draw(f"--n 1 --steps 2 {options}", "one.png")), options
     assert draw("--n 4 --steps 2", "a.gif").n_frames == 6  # five steps, and the refinement
 
 
