@@ -414,9 +414,14 @@ def test_codebook_follows_its_latents_and_revives_unused_codes():
     for _ in range(600):
         latents = F.normalize(centres.repeat(8, 1) + 0.02 * torch.randn(64, 8))
         codes = (latents @ tokenizer.codebook().T).argmax(-1)
-        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator())
+        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator(), 64)
     alike = tokenizer.codebook() @ centres.T                                # (16, 8)
     assert min(alike.amax(1).min(), alike.amax(0).min()) > 0.99, alike
+    for size in [1, 16] * 300:  # maps of one code each: in a refit they count alike
+        codes = torch.full((size * size,), size % 16)
+        latents = tokenizer.codebook()[codes]
+        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator(), len(codes))
+    close(tokenizer.codebook_weight[:2].norm(dim=-1), torch.full((2,), 0.5), 0.01)
 
 
 @pytest.mark.parametrize("name, number", [
@@ -798,6 +803,9 @@ def test_toy_shapes_are_eight_classes_in_six_colours_always_the_same():
     assert equal(shapes, images.read(range(64))) and len(images.classes) == 8
     pixels = {(*pixel,) for pixel in shapes.movedim(1, -1).flatten(0, 2).tolist()}
     assert pixels > {*train_tiny.COLOURS}
+    luminance = (np.array(train_tiny.COLOURS) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
+    lightness = 116 * luminance ** (1 / 3) - 16  # CIE L*
+    assert np.diff(lightness).min() > 10, lightness
 
 
 def test_a_refit_changes_the_codebook_alone_of_tokenizers_in_three_layouts(pictures, tmp_path):
