@@ -9,7 +9,8 @@ draws what is missing of held-out pictures, or of files. The codes of known cell
 drawn before a known cell of a finer map is seen. But `sample` also says how probable the known
 codes were, given all that was drawn before them. So several candidates are drawn side by side, and
 one of them is kept, with chances in proportion to that probability (importance sampling). A row of
-the output shows one candidate, where nothing is chosen, another the choice among many.
+the output shows one candidate, where nothing is chosen, another the choice among many. Of toy
+shapes it says how often two colours mix.
 
 A cell is known if all its pixels are. That is exact for the small tokenizer, whose encoder sees one
 cell at a time, and an approximation for a VQGAN, whose encoder sees its neighbours too.
@@ -66,7 +67,8 @@ def complete_all(args):
     device, dtype = ckgen.find_device(args.device)
     model, tokenizer, classes, options = ckgen.load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    layout = Layout(model.config.sizes, options.pop("steps"), device)
+    P = options.pop("steps")
+    layout = Layout(model.config.sizes, P, device)
     size = layout.sizes[-1] * tokenizer.config.stride
     maps = [f"{n}x{n}" for n in layout.sizes[:-1]]
     if args.keep not in (*HALVES, *maps):
@@ -83,6 +85,7 @@ def complete_all(args):
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)
         pictures, labels = images.held_out(args.n)
+    toy = not args.pictures and images.paths is None
 
     # What is known of them.
     codes = train_tiny.encode(tokenizer, pictures, layout.sizes)            # (n, L)
@@ -95,20 +98,23 @@ def complete_all(args):
         scales = 1 + maps.index(args.keep)
         known = coarse_codes(codes, scales, layout)
         kept = ckgen.decode_scale(tokenizer, codes, layout, scales - 1)
-        kept = kept.repeat(size // kept.shape[1], 1).repeat(size // kept.shape[2], 2)
 
     # A row for each number of candidates.
-    rows, row_names = [whole, kept], ["picture", f"kept: {args.keep}"]
+    rows, names = [whole, kept], ["picture", f"kept: {args.keep}"]
     for candidates in args.candidates:
         generator = torch.Generator(device).manual_seed(args.seed)
         completed = [complete(model, tokenizer.codebook(), labels[i:i + 1].to(device), layout,
                               known[i], candidates, generator, **options)
                      for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
-        rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
-        row_names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
+        completed = torch.stack(completed)
+        rows.append(ckgen.decode_scale(tokenizer, completed, layout))
+        names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
+        if toy:
+            mixed = evaluate.two_colours(evaluate.decode(tokenizer, completed, layout))
+            print(f"{names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
     with ckgen.write_whole(args.out) as file:
-        ckgen.picture_grid(rows, row_names).save(file, "PNG")
-    print(f"{args.out}: {len(labels)} pictures, {', '.join(row_names)}")
+        ckgen.picture_grid([row[:8] for row in rows], names).save(file, "PNG")
+    print(f"{args.out}: {', '.join(names)}; P = {P}, {options}")
 
 
 def main(arguments=None):
@@ -120,7 +126,8 @@ def main(arguments=None):
     add("--class", dest="label", default="none", metavar="NAME",
         help="of the files (default: none)")
     add("--data", metavar="DIR", help="where the run's pictures are now")
-    add("--n", type=within(int, 1, 100), default=8, help="how many held-out pictures (default: 8)")
+    add("--n", type=within(int, 1, 2000), default=8,
+        help="how many held-out pictures (default: 8); eight are shown")
     add("--keep", default="left", metavar="PART",
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
     add("--candidates", type=within(int, 1, 10000), nargs="+", default=[1, 64], metavar="K",

@@ -159,14 +159,15 @@ def test_a_cell_is_known_if_all_its_pixels_are():
 
 
 def test_completion_by_command(finished, pictures, tmp_path, capsys):
-    """Of held-out pictures and of files."""
-    files = [str(path) for path in sorted(pictures.rglob("*.png"))[:3]]
-    for words, n, rows in (("--keep right --n 5", 5, 4),
-                           ("--keep 2x2 --candidates 4 --cfg 1 --temperature 0.7", 8, 3),
-                           (f"{' '.join(files)} --class star --candidates 1 2 3 --steps 2", 3, 5)):
+    """Of held-out pictures and of files. A picture takes 100 pixels."""
+    files = " ".join(str(path) for path in sorted(pictures.rglob("*.png"))[:3])
+    for words, rows, columns in (("--keep right --n 5", 4, 5),
+                                 ("--keep 2x2 --candidates 4 --cfg 0 --temperature 0.7", 3, 8),
+                                 (f"{files} --class star --candidates 1 2 3 --steps 2", 5, 3)):
         run(complete, f"{finished}/checkpoint.pt {words} --out {tmp_path}/a.png")
-        assert f"a.png: {n} pictures, picture, kept" in capsys.readouterr().out
-        assert Image.open(tmp_path / "a.png").height == rows * 100, words  # of 96 pixels, and 4
+        assert "a.png: picture, kept: " in capsys.readouterr().out
+        width, height = Image.open(tmp_path / "a.png").size
+        assert height == 100 * rows and width // 100 - columns in (0, 1), (words, width)
 
 
 # Coarse to fine -----------------------------------------------------------------------------------
