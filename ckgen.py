@@ -303,8 +303,7 @@ class Attention(nn.Module):
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
             end = start + x.shape[1]
-            cache[0, :, :, start:end] = k
-            cache[1, :, :, start:end] = v
+            cache[:, :, :, start:end] = torch.stack([k, v])
             k, v = cache[:, :, :, :end]                                     # (B, H, end, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, H, T, d)
         return self.wo(y.transpose(1, 2).flatten(2))                        # (B, T, D)
@@ -485,8 +484,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
     in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
 
-    With known codes (B, L), -1 where a code is to be drawn: also log_p (B,), the log of the
-    probability that all draws would have given the known codes. Raises ValueError at temperature 0.
+    With known (B, L), codes to take instead of drawing, or -1: codes and log_p (B,), the log of the
+    probability that the draws would have given all of them. Raises ValueError at temperature 0.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -531,12 +530,9 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         latents[:, cell] = codebook[codes[:, cell]]
         if return_entropy:
             entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
-    results = [codes]
-    if return_entropy:
-        results.append(entropies)
     if known is not None:
-        results.append(log_p)
-    return results if len(results) > 1 else codes
+        return codes, log_p
+    return (codes, entropies) if return_entropy else codes
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
