@@ -483,15 +483,15 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
     and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
     in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
-
-    With known (B, L), codes to take instead of drawing, or -1: codes and log_p (B,), the log of the
-    probability that the draws would have given all of them. Raises ValueError at temperature 0.
+    With known (B, L), the codes of some cells and -1 for the others: takes these instead of drawing
+    them, and returns (codes, log_p). log_p (B,) is the log of the probability that drawing would
+    have given the same codes in these cells. Raises ValueError at temperature 0.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
     if known is not None and temperature == 0:
-        raise ValueError("known codes have a probability if the temperature is above 0")
+        raise ValueError("known codes need a temperature above 0")
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # the batch twice: with its classes, and without
@@ -521,13 +521,14 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             cond, uncond = logits.chunk(2)
             w = cfg if t >= cfg_start else 0
             logits = cond + w * (cond - uncond)
-        codes[:, cell] = draw(logits, temperature, generator)               # (B, T)
+        drawn = draw(logits, temperature, generator)                        # (B, T)
         if known is not None:
             given = known[:, cell]
-            codes[:, cell] = torch.where(given < 0, codes[:, cell], given)
+            drawn = torch.where(given < 0, drawn, given)
             log_p -= F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
                                      reduction="none").sum(1)
-        latents[:, cell] = codebook[codes[:, cell]]
+        codes[:, cell] = drawn
+        latents[:, cell] = codebook[drawn]
         if return_entropy:
             entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
     if known is not None:
@@ -971,7 +972,6 @@ def sample_to_file(args):
     P = options.pop("steps")
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
-
     check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:

@@ -14,10 +14,9 @@ there. So the same command continues a run that was stopped:
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
 
-Where this differs from the author's code in what the README's table does not hold: pictures are cut
-by pillow, not by ADM's halvings; one in twenty is held out, and batches are drawn with replacement;
-the first step's learning rate is not zero; entropies are taken before the temperature; and pixels
-are rounded to 8 bits, not cut off.
+Where this differs from the author's code, beside the README's table: pillow crops the pictures, not
+ADM's code; one in twenty is held out; batches are drawn with replacement; the first learning rate
+is not zero; entropies are taken before the temperature; pixels are rounded to 8 bits, not cut off.
 
 SPDX-License-Identifier: MIT
 """
@@ -387,8 +386,8 @@ def train_tokenizer(run, images, tokenizer, refit):
                 tokenizer.codebook_weight = rows[pick] / run.codes
             codes = tokenizer.quantize(latents)                             # (B, n, n)
             nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)       # (B, C, n, n)
-            # In a refit all sizes count alike, as released. In training all cells do, as this gives
-            # the finest map 0.14 dB more, and the 1x1 map 0.11 dB less (CIFAR-10).
+            # In a refit all sizes count alike, as released; in training all cells, which gives the
+            # finest map 0.14 dB more, and the 1x1 map 0.11 dB less (CIFAR-10).
             cells = len(rows) if refit else B * run.sizes[-1] ** 2
             update_codebook(tokenizer, rows, codes.flatten(), g, cells)
             error = (latents - nearest).square().sum(1).mean()
