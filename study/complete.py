@@ -36,8 +36,8 @@ def complete(model, codebook, label, layout, known, candidates, generator=None, 
     nothing is known: codes (L,). options are those of `sample`."""
     codes, log_p = ckgen.sample(model, codebook, label.repeat(candidates), layout,
                                 known=known.repeat(candidates, 1), generator=generator, **options)
-    chosen = ckgen.draw(log_p[None, None], 1, generator)
-    return codes[chosen.item()]
+    chosen = ckgen.draw(log_p[None], 1, generator)                          # (1,)
+    return codes[chosen][0]
 
 
 def known_codes(codes, pixels, layout):
