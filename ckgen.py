@@ -484,8 +484,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
     in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
     With known (B, L), the codes of some cells and -1 for the others: takes these instead of drawing
-    them, and returns (codes, log_p). log_p (B,) is the log of the probability that drawing would
-    have given the same codes in these cells. Raises ValueError at temperature 0.
+    them, and returns (codes, log_p) instead. log_p (B,) adds up the log-probabilities of the known
+    codes, each given all codes of the steps before. Raises ValueError at temperature 0.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.

@@ -386,8 +386,8 @@ def train_tokenizer(run, images, tokenizer, refit):
                 tokenizer.codebook_weight = rows[pick] / run.codes
             codes = tokenizer.quantize(latents)                             # (B, n, n)
             nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)       # (B, C, n, n)
-            # In a refit all sizes count alike, as released; in training all cells, which gives the
-            # finest map 0.14 dB more, and the 1x1 map 0.11 dB less (CIFAR-10).
+            # In a refit all maps count alike, as released. In training all cells do, which gives
+            # the finest map 0.14 dB more, and the 1x1 map 0.11 dB less (CIFAR-10).
             cells = len(rows) if refit else B * run.sizes[-1] ** 2
             update_codebook(tokenizer, rows, codes.flatten(), g, cells)
             error = (latents - nearest).square().sum(1).mean()

@@ -60,12 +60,21 @@ def half(name, size):
     return pixels.rot90(("left", "bottom", "right", "top").index(name))
 
 
+def read(path, size):
+    """A picture (3, size, size), uint8. Raises OSError, or ValueError if it is damaged."""
+    with ckgen.contents_of(path):
+        return torch.from_numpy(np.array(train_tiny.read_picture(path, size))).movedim(-1, 0)
+
+
 def complete_all(args):
     """Complete what the command line asks for. Raises ValueError or OSError."""
+    if args.label != "none" and not args.pictures:
+        raise ValueError("--class is that of picture files; held-out pictures have their own")
     if ckgen.kind_of_output(args.out) != ".png":
         raise ValueError(f"--out {args.out}: not a .png")
-    device, dtype = ckgen.find_device(args.device)
-    model, tokenizer, classes, options = ckgen.load(args.checkpoint, device, dtype)
+    device, _ = ckgen.find_device(args.device)
+    # In float32: in bfloat16 the tokenizer would find other codes than those of the training.
+    model, tokenizer, classes, options = ckgen.load(args.checkpoint, device)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     P = options.pop("steps")
     layout = Layout(model.config.sizes, P, device)
@@ -76,12 +85,11 @@ def complete_all(args):
 
     # The pictures (n, 3, size, size), uint8, and their classes (n,).
     if args.pictures:
-        names = [*classes, "none"]
+        names = [*classes, "none", *map(str, range(len(classes) + 1))]
         if args.label not in names:
             raise ValueError(f"--class {args.label}: not among {', '.join(names[:20])} ...")
-        pictures = [np.array(train_tiny.read_picture(path, size)) for path in args.pictures]
-        pictures = torch.from_numpy(np.stack(pictures)).movedim(-1, 1)
-        labels = torch.full((len(pictures),), names.index(args.label))
+        pictures = torch.stack([read(path, size) for path in args.pictures])
+        labels = torch.full((len(pictures),), names.index(args.label) % (len(classes) + 1))
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)
         pictures, labels = images.held_out(args.n)
@@ -101,7 +109,7 @@ def complete_all(args):
 
     # A row for each number of candidates.
     rows, names = [whole, kept], ["picture", f"kept: {args.keep}"]
-    for candidates in args.candidates:
+    for candidates in args.candidates or ([1, 64] if args.keep in HALVES else [1]):
         generator = torch.Generator(device).manual_seed(args.seed)
         completed = [complete(model, tokenizer.codebook(), labels[i:i + 1].to(device), layout,
                               known[i], candidates, generator, **options)
@@ -130,8 +138,9 @@ def main(arguments=None):
         help="how many held-out pictures (default: 8); eight are shown")
     add("--keep", default="left", metavar="PART",
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
-    add("--candidates", type=within(int, 1, 10000), nargs="+", default=[1, 64], metavar="K",
-        help="drawn side by side, one is kept (default: a row with 1, one with 64)")
+    add("--candidates", type=within(int, 1, 10000), nargs="+", metavar="K",
+        help="drawn side by side, one is kept (default: a row with 1, one with 64; to enlarge, 1: "
+        "what is known is drawn first, so that all candidates fit)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each scale")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance; 0 is off")
     add("--temperature", type=within(float, 1e-3, 100), metavar="T",

@@ -126,7 +126,7 @@ def images_of(path, data=None):
         raise ValueError(f"{path}: not a checkpoint of train_tiny.py")
     images = train_tiny.Images(data or options["data"], options["image_size"])
     if images.fingerprint != options["pictures"]:
-        raise ValueError(f"--data {data}: not the files that {path} was trained on")
+        raise ValueError(f"{data or images.found}: not the files that {path} was trained on")
     if len(images.labels) - images.train < 2:
         raise ValueError("--data: too few pictures: less than two are held out")
     return options, images

@@ -101,6 +101,8 @@ class Study:
         if os.path.exists(f"{self.figures}/study.csv"):
             with open(f"{self.figures}/study.csv", newline="") as file:
                 for row in csv.DictReader(file):
+                    if row.get("images") != str(self.images.fingerprint):
+                        raise ValueError("study.csv holds rows of other toy shapes: remove it")
                     self.rows[tuple(row[name] for name in KEY)] = row
 
     # Models
@@ -202,7 +204,8 @@ class Study:
 
     def keep(self, key, numbers):
         """Add a row to study.csv."""
-        self.rows[key] = dict(zip(KEY, key)) | four_digits(numbers)
+        of_images = {"images": str(self.images.fingerprint)}
+        self.rows[key] = dict(zip(KEY, key)) | four_digits(numbers) | of_images
         self.write_csv("study.csv", [*self.rows.values()])
 
     def write_csv(self, name, rows):

@@ -113,6 +113,8 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
             (complete, f"{plain} x.png --class dog", "--class dog: not among circle, ring"),
             (complete, f"{plain} --out {tmp_path}/a.gif", "a.gif: not a .png"),
             (complete, f"{plain} {tmp_path}/x.png", "x.png"),
+            (complete, f"{plain} {tmp_path}/run/coarse-5.pt", "coarse-5.pt: damaged"),
+            (complete, f"{plain} --class star", "held-out pictures have their own"),
             (coarse, f"draw {plain}", "checkpoint.pt: not written by coarse.py"),
             (coarse, f"draw {both} --out {tmp_path}/a.jpg", "a.jpg: not a .png, .gif or .npz"),
             (coarse, f"draw {both} --n 6000 --out {tmp_path}/a.gif", "at most 65,535 pixels"),
