@@ -537,8 +537,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L). A batch of
-    64 takes 4 GB of a GPU with the L model."""
+    """Sample for any number of labels (n,): codes (n, L). It takes the options of `sample` that add
+    no result. A batch of 64 takes 4 GB of a GPU with the L model."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)

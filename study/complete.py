@@ -1,16 +1,20 @@
-"""Complete a picture of which a part is known, or enlarge a small one.
+"""Complete a picture of which a part is known, or draw it anew from its coarse maps.
 
     python study/complete.py runs/toy-2x/checkpoint.pt --keep left
     python study/complete.py runs/toy-2x/checkpoint.pt --keep 2x2
     python study/complete.py runs/toy-2x/checkpoint.pt my.png --class star --keep top
 
 draws what is missing of held-out pictures, or of files. The codes of known cells are given to
-`sample` instead of drawn. This alone fails: coarse maps, which decide what the picture shows, are
-drawn before a known cell of a finer map is seen. But `sample` also says how probable the known
+`sample` instead of drawn. This alone fails for half a picture: the 1x1 map, which decides what the
+picture shows, is drawn before a known cell is seen. But `sample` also says how probable the known
 codes were, given all that was drawn before them. So several candidates are drawn side by side, and
-one of them is kept, with chances in proportion to that probability (importance sampling). A row of
-the output shows one candidate, where nothing is chosen, another the choice among many. Of toy
-shapes it says how often two colours mix.
+one of them is kept, with chances in proportion to that probability. This is sampling-importance
+resampling: exact for many candidates only; a few of them carry nearly all the weight. If coarse
+maps are kept, all candidates fit alike, and one is enough. Of toy shapes it says how often two
+colours mix.
+
+Pictures are cut to a square, brought to the model's size, and coded: the first row shows them
+decoded. A tokenizer cannot show what is unlike the pictures that it was trained on.
 
 A cell is known if all its pixels are. That is exact for the small tokenizer, whose encoder sees one
 cell at a time, and an approximation for a VQGAN, whose encoder sees its neighbours too.
@@ -108,7 +112,7 @@ def complete_all(args):
         kept = ckgen.decode_scale(tokenizer, codes, layout, scales - 1)
 
     # A row for each number of candidates.
-    rows, names = [whole, kept], ["picture", f"kept: {args.keep}"]
+    rows, names = [whole, kept], ["decoded", f"kept: {args.keep}"]
     for candidates in args.candidates or ([1, 64] if args.keep in HALVES else [1]):
         generator = torch.Generator(device).manual_seed(args.seed)
         completed = [complete(model, tokenizer.codebook(), labels[i:i + 1].to(device), layout,
@@ -130,12 +134,12 @@ def main(arguments=None):
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, within = parser.add_argument, ckgen.within
     add("checkpoint", help="of a finished run, or of one on its way")
-    add("pictures", nargs="*", help="files (default: held-out pictures of the run)")
+    add("pictures", nargs="*", default=[], help="files (default: held-out pictures of the run)")
     add("--class", dest="label", default="none", metavar="NAME",
         help="of the files (default: none)")
     add("--data", metavar="DIR", help="where the run's pictures are now")
     add("--n", type=within(int, 1, 2000), default=8,
-        help="how many held-out pictures (default: 8); eight are shown")
+        help="how many held-out pictures (default: 8); the output shows eight at most")
     add("--keep", default="left", metavar="PART",
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
     add("--candidates", type=within(int, 1, 10000), nargs="+", metavar="K",

@@ -167,7 +167,7 @@ def test_completion_by_command(finished, pictures, tmp_path, capsys):
                                  ("--keep 2x2 --candidates 4 --cfg 0 --temperature 0.7", 3, 8),
                                  (f"{files} --class star --candidates 1 2 3 --steps 2", 5, 3)):
         run(complete, f"{finished}/checkpoint.pt {words} --out {tmp_path}/a.png")
-        assert "a.png: picture, kept: " in capsys.readouterr().out
+        assert "a.png: decoded, kept: " in capsys.readouterr().out
         width, height = Image.open(tmp_path / "a.png").size
         assert height == 100 * rows and width // 100 - columns in (0, 1), (words, width)
 
