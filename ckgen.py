@@ -303,7 +303,8 @@ class Attention(nn.Module):
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
             end = start + x.shape[1]
-            cache[:, :, :, start:end] = torch.stack([k, v])
+            cache[0, :, :, start:end] = k
+            cache[1, :, :, start:end] = v
             k, v = cache[:, :, :, :end]                                     # (B, H, end, d)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)         # (B, H, T, d)
         return self.wo(y.transpose(1, 2).flatten(2))                        # (B, T, D)
@@ -483,8 +484,9 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
     and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
     in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
+
     With known (B, L), the codes of some cells and -1 for the others: takes these instead of drawing
-    them, and returns (codes, log_p) instead. log_p (B,) adds up the log-probabilities of the known
+    them, and returns codes and log_p alone. log_p (B,) adds up the log-probabilities of the known
     codes, each given all codes of the steps before. Raises ValueError at temperature 0.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
@@ -954,6 +956,16 @@ def save_pictures(file, kind, frames, names, settings):
         arrange(frames[-1], names).save(file, "PNG")
 
 
+def class_numbers(wanted, names):
+    """The numbers of classes that are wanted by name or by number. The one after the last is that
+    of `none`. Raises ValueError."""
+    known = [*names, "none", *map(str, range(len(names) + 1))]
+    unknown = set(wanted).difference(known)
+    if unknown:
+        raise ValueError(f"--class {min(unknown)}: not among {', '.join(known[:20])} ...")
+    return [known.index(name) % (len(names) + 1) for name in wanted]
+
+
 def sample_to_file(args):
     """Draw what the command line asks for, and write it. Raises ValueError or OSError."""
     kind = kind_of_output(args.out)
@@ -961,17 +973,14 @@ def sample_to_file(args):
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    known = [*names, "none", *map(str, range(len(names) + 1))]
-    unknown = set(args.classes).difference(known)
-    if unknown:
-        raise ValueError(f"--class {min(unknown)}: not among {', '.join(known[:20])} ...")
     wanted = args.classes or names[::math.ceil(len(names) / (args.n or 16))]
-    chosen = [known.index(name) % (len(names) + 1) for name in wanted][:args.n]
-    shown = [known[i] for i in chosen]
+    chosen = class_numbers(wanted, names)[:args.n]
+    shown = [[*names, "none"][i] for i in chosen]
     n = args.n or 8 * len(chosen)
     P = options.pop("steps")
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
+
     check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:

@@ -51,7 +51,7 @@ def known_codes(codes, pixels, layout):
 
 
 def coarse_codes(codes, scales, layout):
-    """Codes (B, L) with -1 in all maps but the first few: a small picture, to be enlarged."""
+    """Codes (B, L) with -1 in all maps but the first few."""
     known = codes.clone()
     known[:, layout.scales[scales].start:] = -1
     return known
@@ -61,6 +61,7 @@ def half(name, size):
     """The pixels (size, size), bool, of one of HALVES."""
     pixels = torch.zeros(size, size, dtype=torch.bool)
     pixels[:, :size // 2] = True
+    # rot90 turns counter-clockwise.
     return pixels.rot90(("left", "bottom", "right", "top").index(name))
 
 
@@ -89,11 +90,8 @@ def complete_all(args):
 
     # The pictures (n, 3, size, size), uint8, and their classes (n,).
     if args.pictures:
-        names = [*classes, "none", *map(str, range(len(classes) + 1))]
-        if args.label not in names:
-            raise ValueError(f"--class {args.label}: not among {', '.join(names[:20])} ...")
+        labels = torch.tensor(ckgen.class_numbers([args.label], classes) * len(args.pictures))
         pictures = torch.stack([read(path, size) for path in args.pictures])
-        labels = torch.full((len(pictures),), names.index(args.label) % (len(classes) + 1))
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)
         pictures, labels = images.held_out(args.n)
@@ -112,17 +110,17 @@ def complete_all(args):
         kept = ckgen.decode_scale(tokenizer, codes, layout, scales - 1)
 
     # A row for each number of candidates.
+    codebook = tokenizer.codebook()
     rows, names = [whole, kept], ["decoded", f"kept: {args.keep}"]
     for candidates in args.candidates or ([1, 64] if args.keep in HALVES else [1]):
         generator = torch.Generator(device).manual_seed(args.seed)
-        completed = [complete(model, tokenizer.codebook(), labels[i:i + 1].to(device), layout,
-                              known[i], candidates, generator, **options)
+        completed = [complete(model, codebook, labels[i:i + 1].to(device), layout, known[i],
+                              candidates, generator, **options)
                      for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
-        completed = torch.stack(completed)
-        rows.append(ckgen.decode_scale(tokenizer, completed, layout))
+        rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
         names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
         if toy:
-            mixed = evaluate.two_colours(evaluate.decode(tokenizer, completed, layout))
+            mixed = evaluate.two_colours(torch.from_numpy(rows[-1]).movedim(-1, 1))
             print(f"{names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
     with ckgen.write_whole(args.out) as file:
         ckgen.picture_grid([row[:8] for row in rows], names).save(file, "PNG")

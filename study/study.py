@@ -1,6 +1,6 @@
 """The paper's claims, seen on toy shapes: trains small models, measures them, draws the figures.
 
-    python study/study.py            all claims, two training seeds: about 3 hours of 2 CPU cores
+    python study/study.py            all claims, two training seeds: some hours of 2 CPU cores
     python study/study.py order      one of: scan, idea, steps, entropy, mixing, guidance, order
     python study/study.py --quick    all claims, hardly trained: a test of this file, 3 minutes
 
