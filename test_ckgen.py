@@ -319,6 +319,7 @@ def miniature():
         patch.setattr(train_tiny, "Images", Few)
         for name in ("tiny", "S"):
             patch.setitem(train_tiny.RECIPES, name, PAPER[name] | small)
+        patch.setattr(train_tiny, "PICTURES", dict(codes=16, batch_size=8, iters=12))
         yield
 
 
@@ -753,21 +754,27 @@ def test_a_fault_of_the_machine_leaves_no_wrong_code(fault, times, code, picture
     assert codes.read_bytes() == whole.read_bytes()
 
 
-def test_training_sees_all_views_of_the_training_pictures_alone(pictures, tmp_path, monkeypatch):
-    train("--data", pictures, "--config", "tiny", "--iters", 1, "--out", tmp_path)
-    images = train_tiny.Images(pictures, 16)
+@pytest.mark.parametrize("size, scale, sizes, views", [
+    (16, 2, SIZES, [4, 9]), (64, 4, (1, 4, 16), range(10))])
+def test_training_sees_all_views_of_the_training_pictures_alone(size, scale, sizes, views, pictures,
+                                                                tmp_path, monkeypatch):
+    """Small pictures are taken whole, as they are and mirrored; of larger ones ten crops."""
+    train("--data", pictures, "--config", "tiny", "--iters", 1, "--image-size", size, "--scale",
+          scale, "--out", tmp_path)
+    images = train_tiny.Images(pictures, size)
     tokenizer = ckgen.load_tokenizer(tmp_path / "tokenizer.pt")
-    codes = np.fromfile(*tmp_path.glob("codes-*.u16"), np.uint16).reshape(-1, 10, 21)
-    for view in range(10):
-        crops = train_tiny.crop(images.read(range(images.train)), 16, view)
-        assert np.array_equal(codes[:, view], train_tiny.encode(tokenizer, crops, SIZES)), view
+    codes = np.fromfile(*tmp_path.glob("codes-*.u16"), np.uint16)
+    codes = codes.reshape(images.train, len(views), -1)
+    for number, view in enumerate(views):
+        crops = train_tiny.crop(images.read(range(images.train)), size, view)
+        assert np.array_equal(codes[:, number], train_tiny.encode(tokenizer, crops, sizes)), view
     run = argparse.Namespace(seed=0, classes="ab", replace_codes=0.0, sizes=SIZES)
     view = np.arange(10, dtype="u2")[None, :, None].repeat(21, 2)
     x, *_ = train_tiny.draw_batch(run, images, view, 16, 0, 500)
     assert {*x[:, 0].tolist()} == {*range(10)}
     drawn = []
     monkeypatch.setattr(images, "read", lambda numbers: drawn.extend(numbers)
-                        or torch.zeros(len(numbers), 3, 18, 18))
+                        or torch.zeros(len(numbers), 3, images.side, images.side))
     images.batch(2000, torch.Generator())
     assert {*drawn} == {*range(images.train)}
 

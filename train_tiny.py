@@ -76,6 +76,8 @@ RECIPES = {
               # The last 5 epochs take 5 batches a step, so the steps of one: 206 = 200 + 5 + 1.
               accumulate_from=205),
 }
+# What tiny changes for pictures: half an hour to an hour of a CPU. S and L are as above, untried.
+PICTURES = dict(codes=1024, batch_size=64, iters=3600)
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 
@@ -423,7 +425,7 @@ def code_images(run, images, tokenizer):
     with open(f"{run.out}/tokenizer.pt", "rb") as file:  # it holds the run's options too
         belongs = zlib.crc32(file.read(), images.fingerprint)
     path = f"{run.out}/codes-{belongs:08x}.u16"
-    shape = (images.train, images.views, sum(n * n for n in run.sizes))
+    shape = (images.train, len(images.views), sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
         try:
             append_codes(f"{path}.tmp", run, images, tokenizer, shape)
@@ -448,7 +450,7 @@ def append_codes(path, run, images, tokenizer, shape):
                           initial=first // 32, total=images.train // 32):
             pictures = images.read(range(start, min(start + 32, images.train)))
             coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
-                     for view in range(images.views)]                       # (32, L) each
+                     for view in images.views]                              # (32, L) each
             file.write(torch.stack(coded, 1).cpu().numpy().astype(np.uint16).tobytes())
 
 
@@ -463,13 +465,14 @@ def encode(tokenizer, pictures, sizes):
 
 class Images:
     """Toy shapes, or the pictures of a folder with one folder per class. Numbers 0 ... train-1 are
-    trained on; the rest is held out. Pictures are read when needed, a little larger than the
-    model's images: its ten crops are cut out of them. Raises ValueError or OSError."""
+    trained on; the rest is held out. Pictures are read when needed. Small ones are shown whole, as
+    they are and mirrored; of 64 pixels or more, ten crops of a picture that is a little larger
+    (Sec. 4.1). views: those, as numbers for `crop`. Raises ValueError or OSError."""
 
     def __init__(self, folder, size):
         self.size, self.damaged, self.paths = size, set(), None
         if folder is None:
-            self.classes, self.views, self.side, self.train = list(SHAPES), 1, size, 24000
+            self.classes, self.views, self.side, self.train = list(SHAPES), [4], size, 24000
             self.labels = torch.arange(26000) % len(SHAPES)
             self.found, identity = "toy shapes", f"{[*SHAPES]} {COLOURS}"
         else:
@@ -486,7 +489,10 @@ class Images:
             self.paths = [os.path.join(folder, name) for name in names]
             self.labels = torch.from_numpy(labels)
             self.classes = class_names(folder, classes.tolist())
-            self.views, self.side = 10, max(size + 1, round(size * 281 / 256))  # 281: as released
+            if size < 64:
+                self.views, self.side = [4, 9], size
+            else:
+                self.views, self.side = range(10), round(size * 281 / 256)  # 281: as released
             identity = "\n".join(f"{name} {pictures[name]}" for name in names)
         self.fingerprint = checksum(identity)
 
@@ -531,8 +537,8 @@ class Images:
         """k training images (k, 3, size, size) in [-1, 1], drawn with replacement and in one view,
         and their labels (k,)."""
         numbers = torch.randint(self.train, (k,), generator=generator)
-        view = torch.randint(self.views, (), generator=generator).item()
-        pictures = crop(self.read(numbers.tolist()), self.size, view)
+        view = torch.randint(len(self.views), (), generator=generator).item()
+        pictures = crop(self.read(numbers.tolist()), self.size, self.views[view])
         return as_input(pictures), self.labels[numbers]
 
     def held_out(self, n=2000):
@@ -597,7 +603,7 @@ def hold_out(names):
 
 
 def crop(pictures, size, view=4):
-    """The ten crops (Sec. 4.1): views 0-3 are the corners, 4 the centre, 5-9 the same mirrored."""
+    """A view of pictures: 0-3 are the corners, 4 is the centre, 5-9 are the same mirrored."""
     rest = pictures.shape[-1] - size
     y, x = [(0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2)][view % 5]
     pictures = pictures[..., y:y + size, x:x + size]
@@ -707,6 +713,8 @@ def fill_options(args, dtype):
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
     options = {key: RECIPES[config].get(key) for key in OPTIONS}
     options |= {"config": config, "scale": "2", "seed": 0}
+    if config == "tiny" and args.data:
+        options |= PICTURES
     if given.keys() >= {"init", "codes"}:
         raise ValueError("--codes: a model of --init needs the codebook that it was trained with")
     source = args.tokenizer or args.init
@@ -757,12 +765,16 @@ def lock(folder):
     return file
 
 
+def name_of(data):
+    """What to call the images of --data: tiny-imagenet-200 if it is tiny-imagenet-200/train."""
+    *_, above, name = os.path.abspath(data or "toy").split(os.sep)
+    return above if name == "train" else name
+
+
 def train(args):
     """Train what the command line asks for, or go on with it. Raises ValueError or OSError."""
-    *_, above, source = os.path.abspath(args.data or "toy").split(os.sep)
-    source = above if source == "train" else source  # of tiny-imagenet-200/train, for one
     init = "-init" if args.init else ""
-    args.out = args.out or f"runs/{source}-{args.scale or 2}x{init}"
+    args.out = args.out or f"runs/{name_of(args.data)}-{args.scale or 2}x{init}"
     with lock(args.out):
         train_in_folder(args)
 

@@ -1,13 +1,16 @@
-"""The paper's claims, seen on toy shapes: trains small models, measures them, draws the figures.
+"""The paper's claims, seen on toy shapes or on your pictures: trains small models, measures them,
+draws the figures.
 
-    python study/study.py            all claims, two training seeds: some hours of 2 CPU cores
-    python study/study.py order      one of: scan, idea, steps, entropy, mixing, guidance, order
-    python study/study.py --quick    all claims, hardly trained: a test of this file, 3 minutes
+    python study/study.py                          toy shapes, all claims: 4 hours of 2 CPU cores
+    python study/study.py steps                    one of the claims
+    python study/study.py --data cifar10/train     pictures: idea, classes, steps and entropy
+    python study/study.py --quick                  hardly any training: a test of this file
 
-Models are kept in runs/study, measurements in study/study.csv: the same command goes on where it
-was stopped, and what is there is not done again. Remove both to begin anew. A row of study.csv is
-the mean of three times 1000 images, drawn at temperature 1. All models have the tokenizer of the
-first, the README's default run. Bars in plots show both training seeds; in entropy.png, quartiles.
+Models are kept in runs/study-toy or runs/study-cifar10, measurements in study/study.csv or
+study/cifar10.csv: the same command goes on where it was stopped, and what is there is not done
+again. Remove both to begin anew. A row of a csv is about 2000 images, drawn at temperature 1. All
+models have the tokenizer of the first, which the default command of train_tiny.py trains. On toy
+shapes each model is trained twice, from two seeds, and bars in plots show both; on pictures once.
 """
 
 import argparse
@@ -60,6 +63,7 @@ ORDERS = {"checkerboard": ckgen.progressive_checkerboard, "Halton": halton, "ran
           "raster": raster}
 SCALES = {"1": "one map", "4": "ratio 4", "3": "ratio 3", "2": "ratio 2", "sqrt2": "ratio sqrt 2"}
 STEPS = (1, 2, 4, 8, 16, 32, 64)  # P; the last map has 64 cells
+GUIDANCE = (0.0, 0.5, 1.0)  # w
 
 
 class Model(NamedTuple):
@@ -85,24 +89,28 @@ def four_digits(numbers):
 
 
 class Study:
-    """Trains and measures models, and keeps both."""
+    """Trains and measures models, and keeps both. data: a folder of pictures, or None."""
 
-    def __init__(self, quick):
-        self.folder, self.figures = f"{HOME}/runs/study", f"{HOME}/study"
-        self.iters, self.n, self.seeds, self.sampling = 1150, 1000, (0, 1), (0, 1, 2)
+    def __init__(self, quick=False, data=None):
+        name = train_tiny.name_of(data)
+        self.data, self.images = data, train_tiny.Images(data, 32)
+        self.folder, self.figures = f"{HOME}/runs/study-{name}", f"{HOME}/study"
+        self.prefix, self.csv = (f"{name}-", f"{name}.csv") if data else ("", "study.csv")
+        self.scales, self.seeds, self.most = [*SCALES], (0, 1), 64
+        if data:
+            self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 100
+        self.iters, self.n = train_tiny.PICTURES["iters"] if data else 1150, 2000
         if quick:
-            self.folder = self.figures = f"{HOME}/runs/quick"
-            self.iters, self.n, self.seeds, self.sampling = 20, 64, (0,), (0,)
+            self.folder = self.figures = f"{HOME}/runs/quick-{name}"
+            self.iters, self.n, self.seeds = 20, 64, (0,)
         self.locked = train_tiny.lock(self.folder)
-        self.images = train_tiny.Images(None, 32)
-        pictures, labels = self.images.held_out()
-        self.held_out, self.labels = pictures[:2 * self.n], labels[:2 * self.n]
+        self.held_out, self.labels = self.images.held_out(self.n)
         self.rows = {}
-        if os.path.exists(f"{self.figures}/study.csv"):
-            with open(f"{self.figures}/study.csv", newline="") as file:
+        if os.path.exists(f"{self.figures}/{self.csv}"):
+            with open(f"{self.figures}/{self.csv}", newline="") as file:
                 for row in csv.DictReader(file):
                     if row.get("images") != str(self.images.fingerprint):
-                        raise ValueError("study.csv holds rows of other toy shapes: remove it")
+                        raise ValueError(f"{self.csv} holds rows of other images: remove it")
                     self.rows[tuple(row[name] for name in KEY)] = row
 
     # Models
@@ -110,8 +118,9 @@ class Study:
     def train(self, name, *options):
         """(network, tokenizer) that train_tiny.py trains with these options."""
         out = f"{self.folder}/{name}"
+        data = ["--data", self.data] if self.data else []
         train_tiny.main(["--config", "tiny", "--device", str(DEVICE), "--iters", str(self.iters),
-                         "--out", out, *options])
+                         "--out", out, *data, *options])
         return ckgen.load(f"{out}/checkpoint.pt", DEVICE)[:2]
 
     @functools.cache
@@ -136,36 +145,38 @@ class Study:
     # Measurements
 
     @functools.cached_property
-    def classifier(self):
+    def judge(self):
         """What judges pictures."""
-        return evaluate.train_classifier(self.images, DEVICE, self.iters)
+        iters = 20 if self.iters == 20 else None
+        return evaluate.judge_of(f"{self.folder}/judge.pt", self.images, DEVICE, iters)
 
     @functools.cached_property
     def reference(self):
-        """Features of 10,000 training images."""
-        return evaluate.features(self.classifier, self.images.read(range(10000)))
+        """Features and labels of 10,000 training images."""
+        some = range(min(10000, self.images.train))
+        pictures = train_tiny.crop(self.images.read(some), self.images.size)
+        return evaluate.features(self.judge, pictures), self.images.labels[some]
 
-    def judge(self, pictures, labels):
-        """Accuracy, Frechet distance, two colours, and spread: the variance of features within the
-        classes over that of real images."""
+    def scores(self, pictures, labels):
+        """Accuracy; Frechet distance; spread: the variance of features within the classes over that
+        of real images; of toy shapes also in how many two colours mix."""
         def spread(features, labels):
-            return sum(features[labels == k].var(0).sum().item() for k in range(8))
+            return sum(features[labels == k].var(0).sum().item() for k in labels.unique())
 
-        f = evaluate.features(self.classifier, pictures)
-        accuracy, distance = evaluate.accuracy_and_distance(self.classifier, self.reference, f,
-                                                            labels)
-        inner = spread(f, labels)
-        real = spread(self.reference, self.images.labels[:10000])
-        return {"accuracy": accuracy, "distance": distance,
-                "two colours": evaluate.two_colours(pictures), "spread": inner / real}
+        f = evaluate.features(self.judge, pictures)
+        reference, real_labels = self.reference
+        accuracy, distance = evaluate.accuracy_and_distance(self.judge, reference, f, labels)
+        found = {"accuracy": accuracy, "distance": distance,
+                 "spread": spread(f, labels) / spread(reference, real_labels)}
+        if not self.data:
+            found["two colours"] = evaluate.two_colours(pictures)
+        return found
 
     def samples(self, network, tokenizer, layout, generate=ckgen.generate, **options):
-        """The mean judgement of samples from each sampling seed."""
-        labels, found = torch.arange(self.n) % 8, []
-        for seed in self.sampling:
-            codes = generate(network, tokenizer, labels.to(DEVICE), layout, seed, **options)
-            found.append(self.judge(evaluate.decode(tokenizer, codes, layout), labels))
-        return {name: np.mean([scores[name] for scores in found]) for name in found[0]}
+        """The scores of samples of all classes in turn."""
+        labels = torch.arange(self.n) % len(self.images.classes)
+        codes = generate(network, tokenizer, labels.to(DEVICE), layout, **options)
+        return self.scores(evaluate.decode(tokenizer, codes, layout), labels)
 
     @functools.cache
     def losses(self, network, tokenizer, layout):
@@ -174,7 +185,7 @@ class Study:
         return train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels, layout)
 
     def measure(self, quantity, model, P, cfg=0.0, cfg_start=0):
-        """A number of study.csv."""
+        """A number of the csv file."""
         key = tuple(map(str, (*model, P, cfg, cfg_start)))
         if key not in self.rows:
             network, layout = self.load(model), self.layout(model, P)
@@ -189,10 +200,10 @@ class Study:
         keys = [(name, *[""] * 6) for name in ("real images", "decoded")]
         if keys[0] not in self.rows:
             tokenizer, layout = self.load(FIRST)[1], self.layout(FIRST, 1)
-            real, labels = self.held_out[:self.n], self.labels[:self.n]
-            codes = train_tiny.encode(tokenizer, real, layout.sizes)
-            for key, pictures in zip(keys, (real, evaluate.decode(tokenizer, codes, layout))):
-                self.keep(key, self.judge(pictures, labels))
+            codes = train_tiny.encode(tokenizer, self.held_out, layout.sizes)
+            decoded = evaluate.decode(tokenizer, codes, layout)
+            for key, pictures in zip(keys, (self.held_out, decoded)):
+                self.keep(key, self.scores(pictures, self.labels))
         return [float(self.rows[key][quantity]) for key in keys]
 
     def of_seeds(self, quantity, model, P, **guidance):
@@ -203,10 +214,10 @@ class Study:
     # Files
 
     def keep(self, key, numbers):
-        """Add a row to study.csv."""
+        """Add a row to the csv file."""
         of_images = {"images": str(self.images.fingerprint)}
         self.rows[key] = dict(zip(KEY, key)) | four_digits(numbers) | of_images
-        self.write_csv("study.csv", [*self.rows.values()])
+        self.write_csv(self.csv, [*self.rows.values()])
 
     def write_csv(self, name, rows):
         """Write rows beside the figures."""
@@ -219,33 +230,52 @@ class Study:
 
     def save(self, name, image):
         """Write a figure."""
-        with ckgen.write_whole(f"{self.figures}/{name}") as file:
-            image.save(file, "PNG")
+        with ckgen.write_whole(f"{self.figures}/{self.prefix}{name}") as file:
+            image.save(file, "PNG", optimize=True)
 
-    def save_plots(self, name, *rows):
-        """Write a figure of rows of plots."""
-        self.save(name, Image.fromarray(np.vstack([np.hstack(row) for row in rows])))
-
-    def save_samples(self, name, settings):
-        """Write a figure of samples: a row for each (text, Model, P), the same classes."""
-        rows, names = [], []
-        for text, model, P in settings:
-            (network, tokenizer), layout = self.load(model), self.layout(model, P)
-            codes = ckgen.generate(network, tokenizer, torch.arange(8, device=DEVICE), layout)
-            rows.append(ckgen.decode_scale(tokenizer, codes, layout))
-            names.append(f"{text}, steps: {len(layout.steps)}")
-        self.save(name, ckgen.picture_grid(rows, names))
+    def draw(self, model, P, labels, **options):
+        """Samples (n, h, w, 3) of a Model."""
+        (network, tokenizer), layout = self.load(model), self.layout(model, P)
+        codes = ckgen.generate(network, tokenizer, labels.to(DEVICE), layout, **options)
+        return ckgen.decode_scale(tokenizer, codes, layout)
 
 
-# Plots --------------------------------------------------------------------------------------------
+# Figures ------------------------------------------------------------------------------------------
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and Ito's
+
+
+def labelled(rows, names, titles=()):
+    """A picture_grid with names at its left and titles above. READMEs show it 830 pixels wide."""
+    grid = ckgen.picture_grid(rows)
+    gap, font = grid.height / len(rows), grid.width / 38
+    left, top = round(10 * font), round(2 * font)
+    image = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    image.paste(grid, (left, top))
+    pen = ImageDraw.Draw(image)
+    for i, name in enumerate(names):
+        pen.text((font / 2, top + (i + 0.5) * gap), name, "black", anchor="lm", font_size=font)
+    for j, text in enumerate(titles):
+        pen.text((left + (j + 0.5) * gap, top / 2), text, "black", anchor="mm", font_size=font)
+    return image
+
+
+def board(n, before, now, side):
+    """A PIL image of the n x n cells of a map: those that were drawn before, and those now."""
+    image = Image.new("RGB", (side, side), "white")
+    pen, cell = ImageDraw.Draw(image), side / n
+    for number in range(n * n):
+        y, x = divmod(number, n)
+        colour = COLOURS[1] if number in now else COLOURS[0] if number in before else "#e4e4e4"
+        pen.rectangle([x * cell, y * cell, (x + 1) * cell - 2, (y + 1) * cell - 2], colour)
+    return image
 
 
 def axis(values, log, start, end):
     """Ticks around values, and a function from a value to its pixel, start ... end."""
     low, high = min(values), max(values)
-    gap = next((gap for gap in (0.1, 0.2, 0.5, 1, 2, 5, 10) if high - low <= 8 * gap), 20)
+    gap = next((gap for gap in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if high - low <= 8 * gap),
+               20)
     to_unit = math.log2 if log else lambda value: value / gap
     first = math.floor(to_unit(low))
     last = max(math.ceil(to_unit(high)), first + 1)
@@ -253,120 +283,192 @@ def axis(values, log, start, end):
     return ticks, lambda value: start + (end - start) * (to_unit(value) - first) / (last - first)
 
 
-def plot(title, x_name, lines, log_x=True, log_y=False):
-    """A line plot as a PIL image; prints its numbers. lines: {name: [(x, y, least, most), ...]}."""
-    image = Image.new("RGB", (1360, 1000), "white")  # twice as large, then averaged
+def plot(title, x_name, lines, log_y=False):
+    """A line plot as an array, two of which are as wide as a README; prints its numbers.
+    lines: {name: [(x, y, least, most), ...]}."""
+    image = Image.new("RGB", (1660, 1200), "white")  # twice as large, then averaged
     pen = ImageDraw.Draw(image)
-    write = functools.partial(pen.text, fill="black", anchor="mm", font_size=34)
+    write = functools.partial(pen.text, fill="black", anchor="mm", font_size=52)
     points = np.array([point for line in lines.values() for point in line])
-    x_ticks, to_x = axis(points[:, 0], log_x, 130, 1300)
-    y_ticks, to_y = axis(points[:, 1:].flatten(), log_y, 880, 150)
-    write((680, 30), title)
-    write((680, 970), x_name)
+    x_ticks, to_x = axis(points[:, 0], True, 170, 1280)
+    y_ticks, to_y = axis(points[:, 1:].flatten(), log_y, 1020, 130)
+    write((830, 45), title)
+    write((725, 1155), x_name)
     for tick in x_ticks:
-        write((to_x(tick), 915), f"{tick:g}")
+        write((to_x(tick), 1070), f"{tick:g}")
     for tick in y_ticks:
-        write((115, to_y(tick)), f"{tick:g}", anchor="rm")
-        pen.line([(130, to_y(tick)), (1300, to_y(tick))], "#dddddd", 2)
-    for i, (name, line) in enumerate(lines.items()):
+        write((150, to_y(tick)), f"{tick:g}", anchor="rm")
+        pen.line([(170, to_y(tick)), (1280, to_y(tick))], "#dddddd", 3)
+    below = 0  # the end of the label above
+    for name in sorted(lines, key=lambda name: to_y(lines[name][-1][1])):
+        line, colour = lines[name], COLOURS[[*lines].index(name)]
         print(f"{title}, {name}:", *(f"{x:g}: {y:.3f} ({a:.3f}-{b:.3f})" for x, y, a, b in line))
-        colour, sides, left = COLOURS[i], 3 + i, 130 + i * 1200 / len(lines)
-        pen.regular_polygon((left + 15, 95, 15), sides, fill=colour)
-        write((left + 40, 95), name, fill=colour, anchor="lm")
-        pen.line([(to_x(x), to_y(y)) for x, y, *_ in line], colour, 6)
+        pen.line([(to_x(x), to_y(y)) for x, y, *_ in line], colour, 8)
         for x, y, least, most in line:
-            pen.line([(to_x(x), to_y(least)), (to_x(x), to_y(most))], colour, 4)
-            pen.regular_polygon((to_x(x), to_y(y), 15), sides, fill=colour)
-    return image.reduce(2)
+            pen.line([(to_x(x), to_y(least)), (to_x(x), to_y(most))], colour, 5)
+            pen.circle((to_x(x), to_y(y)), 14, colour)
+        middle = max(to_y(line[-1][1]), below + 30)
+        write((1310, middle), name, fill=colour, anchor="lm")
+        below = middle + 30
+    return np.array(image.reduce(2))
+
+
+def stacked(*rows):
+    """Rows of plots as one image."""
+    return Image.fromarray(np.vstack([np.hstack(row) for row in rows]))
 
 
 def title(study, quantity):
     """What a plot shows, with what it is for real images."""
-    if quantity == "last map":
-        return "held-out nats a token of the last map"
-    return "{} (real images {:.2f}, decoded {:.2f})".format(quantity, *study.floors(quantity))
+    return "{} (real {:.2f}, decoded {:.2f})".format(quantity, *study.floors(quantity))
 
 
 # Claims -------------------------------------------------------------------------------------------
 
 def scan(study):
     """Sec. 3.2: the orders, on 16x16 cells in 16 steps."""
-    blocks = [np.array_split(order(16), 16) for order in ORDERS.values()]
-    boards = np.full((len(blocks), 1, 16, 16, 3), 235, np.uint8)
+    orders = {name: np.array([16 * y + x for x, y in order(16)]) for name, order in ORDERS.items()}
     frames = []
     for step in range(16):
-        boards[(boards == (213, 94, 0)).all(-1)] = (0, 114, 178)  # what was drawn before
-        for board, cells in zip(boards, blocks):
-            x, y = cells[step].T
-            board[0, y, x] = (213, 94, 0)
-        frames.append(ckgen.picture_grid([*boards], [*ORDERS]))
+        frame = Image.new("RGB", (840, 280), "white")
+        pen = ImageDraw.Draw(frame)
+        for i, (name, cells) in enumerate(orders.items()):
+            now, before = cells[16 * step:16 * step + 16], cells[:16 * step]
+            frame.paste(board(16, before, now, 196), (210 * i + 7, 40))
+            pen.text((210 * i + 105, 20), name, "black", anchor="mm", font_size=20)
+        pen.text((420, 260), f"step {step + 1} of 16", "black", anchor="mm", font_size=20)
+        frames.append(frame)
     with ckgen.write_whole(f"{study.figures}/scan.gif") as file:
+        ckgen.save_gif(frames, file)
+
+
+def progress(study):
+    """Fig. 1: eight images and the cells that were drawn, after every step of ratio 2, P = 4."""
+    (network, tokenizer), layout = study.load(FIRST), study.layout(FIRST, 4)
+    labels = torch.arange(8, device=DEVICE)
+    codes = ckgen.generate(network, tokenizer, labels, layout, cfg=0.5, temperature=0.5)
+    pictures = ckgen.progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
+    frames = []
+    for t, (scale, start, end) in enumerate(layout.steps):
+        n, first = layout.sizes[scale], layout.scales[scale].start
+        blocks = [number for number, (k, *_) in enumerate(layout.steps) if k == scale]
+        cells = (layout.cell[layout.steps[blocks[0]][1]:end] - first).tolist()
+        now = (layout.cell[start:end] - first).tolist()
+        frame = Image.new("RGB", (832, 284), "white")
+        frame.paste(board(n, cells, now, 216), (0, 4))
+        pen = ImageDraw.Draw(frame)
+        said = (f"step {t + 1} of {len(layout.steps)}\n"
+                f"map {n}x{n}, block {blocks.index(t) + 1} of {len(blocks)}")
+        pen.multiline_text((0, 228), said, "black", font_size=22)
+        for i, picture in enumerate(pictures[t]):
+            picture = Image.fromarray(picture).resize((138, 138), Image.Resampling.NEAREST)
+            frame.paste(picture, (260 + 143 * (i % 4), 143 * (i // 4)))
+        frames.append(frame)
+    with ckgen.write_whole(f"{study.figures}/{study.prefix}progress.gif") as file:
         ckgen.save_gif(frames, file)
 
 
 def idea(study):
     """Samples with more and more steps, and with maps before."""
-    settings = ("1", 1), ("1", 4), ("1", 8), ("1", 64), ("4", 4), ("2", 4)
-    study.save_samples("idea.png", [(SCALES[scale], Model(scale), P) for scale, P in settings])
+    rows, names, labels = [], [], torch.arange(8)
+    for scale, P in (("1", 1), ("1", 4), ("1", 64), ("4", 4), ("2", 4)):
+        steps = len(study.layout(Model(scale), P).steps)
+        quantity = "distance" if study.data else "two colours"
+        number = study.measure(quantity, Model(scale), P)
+        said = f"{number:.1f}" if study.data else f"{number:.0%}"
+        rows.append(study.draw(Model(scale), P, labels))
+        names.append(f"{SCALES[scale]}\n{steps} step{'s' * (steps > 1)}\n{quantity} {said}")
+    study.save("idea.png", labelled(rows, names, study.images.classes))
+
+
+def classes(study):
+    """Eight samples of each class, or of a dozen classes, and as many held-out pictures decoded."""
+    tokenizer, layout, rows = study.load(FIRST)[1], study.layout(FIRST, 4), []
+    few = range(len(study.images.classes))[::math.ceil(len(study.images.classes) / 12)]
+    options = ckgen.load(f"{study.folder}/{'-'.join(map(str, FIRST))}/checkpoint.pt")[3]
+    options.pop("steps")
+    for label in few:
+        drawn = study.draw(FIRST, 4, torch.full((8,), label), **options)
+        real = study.held_out[study.labels == label][:8]
+        decoded = ckgen.decode_scale(tokenizer, train_tiny.encode(tokenizer, real, layout.sizes),
+                                     layout)
+        rows.append([*drawn, np.full_like(drawn[0], 255), *decoded])
+    rows = [np.stack(row) for row in rows]
+    study.save("classes.png", labelled(rows, [study.images.classes[label] for label in few]))
 
 
 def steps(study):
     """Fig. 5 and its protocol: guidance at all scales is swept. The best distance counts, and the
     accuracies of all settings whose distance is within 2 % of it."""
-    found = {name: [] for name in SCALES.values()}
-    for scale, name in SCALES.items():
+    found = {quantity: {} for quantity in ("last map", "all maps", "distance", "accuracy")}
+    for scale in study.scales:
+        lines = {quantity: [] for quantity in found}
         for P in STEPS:
-            total = len(study.layout(Model(scale), P).steps)
-            if total > 64:
+            layout = study.layout(Model(scale), P)
+            if len(layout.steps) > study.most:
                 continue
-            distances, accuracies = [], []
+            numbers = {quantity: [] for quantity in found}
             for seed in study.seeds:
-                swept = [[study.measure(quantity, Model(scale, seed=seed), P, cfg)
-                          for quantity in ("distance", "accuracy")] for cfg in (0.0, 0.5, 1.0)]
+                measure = functools.partial(study.measure, model=Model(scale, seed=seed), P=P)
+                swept = [(measure("distance", cfg=cfg), measure("accuracy", cfg=cfg))
+                         for cfg in GUIDANCE]
                 best = min(swept)[0]
-                distances.append(best)
-                accuracies += [accuracy for distance, accuracy in swept if distance <= 1.02 * best]
-            found[name].append((P, total, summary(distances), summary(accuracies)))
-    plots = []
-    for x, x_name in enumerate(("steps per scale", "total steps")):
-        for y, quantity in ((2, "distance"), (3, "accuracy")):
-            lines = {name: [(row[x], *row[y]) for row in rows] for name, rows in found.items()}
-            plots.append(plot(title(study, quantity), x_name, lines, log_y=y == 2))
-    study.save_plots("steps.png", plots[::2], plots[1::2])
+                numbers["last map"].append(measure("last map"))
+                numbers["all maps"].append(measure("nats") * len(layout.cell[1:]))
+                numbers["distance"].append(best)
+                numbers["accuracy"] += [accuracy for distance, accuracy in swept
+                                        if distance <= 1.02 * best]
+            for quantity in found:
+                lines[quantity].append((len(layout.steps), *summary(numbers[quantity])))
+        for quantity in found:
+            found[quantity][SCALES[scale]] = lines[quantity]
+    plots = [plot(name, "total steps", lines, log_y) for name, lines, log_y in (
+        ("nats a token of the last map", found["last map"], False),
+        ("nats a picture, all maps", found["all maps"], False),
+        (title(study, "distance"), found["distance"], True),
+        (title(study, "accuracy"), found["accuracy"], False))]
+    study.save("steps.png", stacked(plots[:2], plots[2:]))
 
 
 def entropy(study):
-    """Fig. 6: entropies at each step, mean and quartiles. Fig. 7: of each cell of the last map."""
-    plots, rows, names = [], [], []
-    for P in (4, 8):
-        lines = {}
-        for scale in ("2", "4", "1"):
-            (network, tokenizer), layout = study.load(Model(scale)), study.layout(Model(scale), P)
-            labels = torch.arange(study.n, device=DEVICE) % 8
-            torch.manual_seed(0)
-            codes, nats = ckgen.sample(network, tokenizer.codebook(), labels, layout,
-                                       return_entropy=True)
-            nats = nats.cpu()
-            of_steps = [nats[:, layout.cell[start:end].cpu()] for _, start, end in layout.steps]
-            lines[SCALES[scale]] = [(t, values.mean().item(), *np.quantile(values, (0.25, 0.75)))
-                                    for t, values in enumerate(of_steps, 1)]
-            if P == 4:
-                maps = ckgen.as_map(nats[:8, layout.scales[-1], None])  # (8, 1, 8, 8)
-                grey = (1 - maps / 2).expand(-1, 3, -1, -1)     # white: 0 nats, black: 4
-                rows += [ckgen.to_uint8(grey), ckgen.decode_scale(tokenizer, codes[:8], layout)]
-                names += [f"{SCALES[scale]}, entropy", "sample"]
-        plots.append(plot(f"nats, mean and quartiles, P = {P}", "step", lines, log_x=False))
-    study.save_plots("entropy.png", plots)
-    study.save("entropy_maps.png", ckgen.picture_grid(rows, names))
+    """Fig. 7: entropies of the cells of the last map. Fig. 6: their mean at each step, of the 16
+    cells in the middle, as those at the border are easier."""
+    rows, names = [], []
+    for scale in ("1", "4", "2"):
+        (network, tokenizer), layout = study.load(Model(scale)), study.layout(Model(scale), 4)
+        labels = torch.arange(study.n, device=DEVICE) % len(study.images.classes)
+        torch.manual_seed(0)
+        found = [ckgen.sample(network, tokenizer.codebook(), part, layout, return_entropy=True)
+                 for part in labels.split(64)]
+        codes, nats = (torch.cat(parts).cpu() for parts in zip(*found))
+        maps = ckgen.as_map(nats[:, layout.scales[-1], None])               # (n, 1, 8, 8)
+        middle = torch.zeros(8, 8, dtype=torch.bool)
+        middle[2:6, 2:6] = True
+        means = []
+        for _, start, end in layout.steps[-4:]:
+            cells = layout.cell[start:end].cpu() - layout.scales[-1].start
+            means.append(maps.flatten(1)[:, cells[middle.flatten()[cells]]].mean().item())
+        print(f"{SCALES[scale]}: nats at the last 4 steps, the middle of the last map:",
+              *(f"{mean:.3f}" for mean in means))
+        darkest = math.log(tokenizer.config.codes)
+        grey = (1 - 2 * maps[:8] / darkest).expand(-1, 3, -1, -1)
+        rows += [ckgen.to_uint8(grey), ckgen.decode_scale(tokenizer, codes[:8], layout)]
+        names += [f"{SCALES[scale]}\nwhite: 0 nats\nblack: {darkest:.1f}", "sample"]
+    study.save("entropy.png", labelled(rows[:2] + rows[-2:], names[:2] + names[-2:]))
+
+
+def say(study, name, model, P, quantities, **guidance):
+    """Print the means, least and most of some quantities."""
+    for quantity in quantities:
+        numbers = study.of_seeds(quantity, model, P, **guidance)
+        print(f"{name}: {quantity}", "{:.3f} ({:.3f}-{:.3f})".format(*numbers))
 
 
 def mixing(study):
     """Table 2: RoPE mixing in no layer, the first two, all four, at ratio 4 with P = 4."""
     for layers in (0, 2, 4):
-        print(f"RoPE mixing in {layers} layers:")
-        for quantity in ("nats", "distance", "accuracy"):
-            numbers = study.of_seeds(quantity, Model("4", mixing=layers), 4)
-            print(" ", quantity, *(f"{number:.3f}" for number in numbers))
+        say(study, f"RoPE mixing in {layers} layers", Model("4", mixing=layers), 4,
+            ("nats", "distance", "accuracy"))
     for seed in study.seeds:
         network, _ = study.load(Model("4", mixing=4, seed=seed))
         print("alpha of all layers and heads:", network.rope_mix.sigmoid().tolist())
@@ -374,44 +476,36 @@ def mixing(study):
 
 def guidance(study):
     """Sec. 4.1: guidance from step 0 or from step 5, at ratio 2 with P = 4."""
-    plots = []
-    for quantity in ("spread", "accuracy", "distance"):
-        lines = {}
-        for start in (0, 5):
-            lines[f"guided from step {start}"] = [
-                (cfg, *study.of_seeds(quantity, Model("2"), 4, cfg=cfg, cfg_start=start))
-                for cfg in (0.25, 0.5, 1.0, 2.0, 4.0)]
-        plots.append(plot(title(study, quantity), "guidance w", lines))
-    study.save_plots("guidance.png", plots)
+    for start in (0, 5):
+        say(study, f"w = 1 from step {start}", Model("2"), 4,
+            ("spread", "accuracy", "distance", "two colours"), cfg=1.0, cfg_start=start)
 
 
 def order(study):
-    """Sec. 3.2: what the scan order is worth."""
+    """Sec. 3.2: what the scan order is worth, on one map."""
     plots = []
-    for scale in ("1", "4"):
-        for quantity in ("last map", "distance"):
-            lines = {}
-            for name in ORDERS:
-                lines[name] = [(P, *study.of_seeds(quantity, Model(scale, name), P)) for P in STEPS]
-            text = f"{SCALES[scale]}: {title(study, quantity)}"
-            plots.append(plot(text, "steps per scale", lines, log_y=quantity == "distance"))
-    study.save_plots("order.png", plots[:2], plots[2:])
-    study.save_samples("order_samples.png", [(name, Model("1", name), 8) for name in ORDERS])
+    for quantity, name in (("last map", "nats a token"), ("distance", title(study, "distance"))):
+        lines = {order: [(P, *study.of_seeds(quantity, Model("1", order), P)) for P in STEPS]
+                 for order in ORDERS}
+        plots.append(plot(f"one map: {name}", "steps", lines, quantity == "distance"))
+    study.save("order.png", stacked(plots))
 
 
-CLAIMS = {claim.__name__: claim for claim in (scan, idea, steps, entropy, mixing, guidance, order)}
+CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, steps, entropy, mixing,
+                                              guidance, order)}
 
 
 def main(args):
     """Do one claim or all."""
-    print(__doc__)
-    study = Study(args.quick)
-    for claim in [args.claim] if args.claim else CLAIMS:
+    study = Study(args.quick, args.data)
+    every = ("idea", "classes", "steps", "entropy") if args.data else CLAIMS
+    for claim in [args.claim] if args.claim else every:
         CLAIMS[claim](study)
 
 
 if __name__ == "__main__":
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", nargs="?", choices=CLAIMS, help="(default: all)")
-    parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick")
+    parser.add_argument("--data", metavar="DIR", help="a folder of pictures for each class")
+    parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick-*")
     parser.run(main, parser.parse_args())

@@ -41,9 +41,9 @@ def coarse_to_fine(tmp_path_factory, finished):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A classifier that is hardly trained, and few samples."""
-    hardly = functools.partial(evaluate.train_classifier, iters=10)
-    monkeypatch.setattr(evaluate, "train_classifier", hardly)
+    """A judge that is hardly trained, and few samples."""
+    hardly = functools.partial(evaluate.judge_of, iters=10)
+    monkeypatch.setattr(evaluate, "judge_of", hardly)
     monkeypatch.setattr(evaluate, "SAMPLES", 64)
 
 
@@ -79,10 +79,11 @@ def test_two_colours_are_those_of_mixed_shapes():
     assert evaluate.two_colours(shapes) == 0 and 0.5 < evaluate.two_colours(halves) < 1
 
 
-def test_evaluation_of_both_kinds_of_model(finished, coarse_to_fine, quick, capsys):
+def test_evaluation_of_both_kinds_of_model(finished, coarse_to_fine, quick, tmp_path, capsys):
     """The loss of all tokens is that of the maps, weighted; coarse to fine, that of both stages."""
-    for module, words in ((evaluate, f"{finished}/checkpoint.pt"),
-                          (coarse, f"evaluate {coarse_to_fine}/coarse-4.pt --steps 5")):
+    swept = f"--cfg 0 1 --temperature 0.5 1 --judge {tmp_path}/judge.pt"
+    for module, words in ((evaluate, f"{finished}/checkpoint.pt {swept}"),
+                          (coarse, f"evaluate {coarse_to_fine}/coarse-4.pt --steps 5 {swept}")):
         run(module, words)
         said = capsys.readouterr().out
         assert re.search(r"\d+\.\d dB on 16 held-out images, \d+ of 16 codes", said), said
@@ -91,7 +92,9 @@ def test_evaluation_of_both_kinds_of_model(finished, coarse_to_fine, quick, caps
         assert abs(rows[:, :4] @ [-21, 1, 4, 16]).max() < 0.05, said
         if module is coarse:
             assert abs(rows[:, 4:].sum(1) - rows[:, 0]).max() < 0.002, said
-        assert len(re.findall(r"accuracy [01]\.\d+, Frechet distance \d+\.\d+, two", said)) == 2
+        judged = r"  \d+ (.+): class accuracy [01]\.\d+, Frechet distance \d+\.\d+; two colours"
+        names = [name.split(",")[0] for name in re.findall(judged, said)]
+        assert names == ["held out"] * 2 + ["samples"] * 4, said
         bits = re.findall(r"P = 4: ([\d.]+) bits .* accuracy by likelihood [01]\.\d+", said)
         assert module is coarse or abs(float(bits[0]) * math.log(2) - 21 * rows[3, 0]) < 0.1, said
 
@@ -295,5 +298,5 @@ def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
                           (coarse, f"evaluate {tmp_path}/coarse-4.pt"),
                           (coarse, f"draw {tmp_path}/coarse-4.pt --out {tmp_path}/a.gif")):
         module.main(words.split())
-    assert capsys.readouterr().out.count("samples: class accuracy") == 2
+    assert capsys.readouterr().out.count("64 samples, w = 0.5, T = 0.5, 9 steps") == 2
     assert (tmp_path / "a.gif").exists()
