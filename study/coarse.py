@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate  # makes ckgen and train_tiny importable
-from study import DEVICE, Study, four_digits
+from study import DEVICE, FIRST, Study, four_digits
 import ckgen
 import train_tiny
 from ckgen import Checkerboard, Config, Layout, loss_by_scale
@@ -246,39 +246,47 @@ def judge(args):
 # 5. Against plain models --------------------------------------------------------------------------
 
 def compare(args):
-    """Coarse to fine against plain, on the same codes and in as many steps: coarse.csv, coarse.png.
-    The conventions are those of study.py."""
-    study = Study(args.quick)
-    rows, layout = [], Layout((1, 2, 4, 8), 4, DEVICE)
-    for V, choices in ((256, (0, 64)), (1024, (0, 64, 256)), (4096, (0, 64, 256, 1024))):
-        run = f"{study.folder}/codes-{V}"
-        network, tokenizer = study.train(f"codes-{V}", "--codes", str(V))
-        if V == 1024:
-            redundancy(study, tokenizer, layout)
-        for K in choices:
-            sampler, loss = ckgen.generate, train_tiny.held_out_loss
-            if K:
-                train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
-                network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
-                sampler, loss = generate, held_out_loss
-            codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
-            nats = loss(network, tokenizer.codebook(), codes, study.labels, layout)
-            start = time.monotonic()
-            labels = torch.arange(1000, device=DEVICE) % 8
-            sampler(network, tokenizer, labels, layout, cfg=0.5)
-            seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
-            scores = study.samples(network, tokenizer, layout, sampler, cfg=0.5, temperature=0.5)
-            rows.append(four_digits({
-                "V": V, "K": K, "nats": nats[0], "of them fine": nats[-1] if K else 0,
-                "nats finest map": nats[len(layout.sizes)], "ms an image": seconds} | scores))
-    study.write_csv("coarse.csv", rows)
+    """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
+    sampling, at several temperatures. Writes coarse.csv and coarse.png, by study.py's rules."""
+    study = Study(args.quick, args.data)
+    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE) % 8
+    if study.data:
+        name, choices = study.name(FIRST), (0, 256)
+        network, tokenizer = study.load(FIRST)
+    else:
+        name, choices = "codes-1024", (0, 64, 256)
+        network, tokenizer = study.train(name, "--codes", "1024")
+    redundancy(study, tokenizer, layout)
+    codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
+    codebook = tokenizer.codebook()
+    rows = []
+    for K in choices:
+        sampler, loss = ckgen.generate, train_tiny.held_out_loss
+        if K:
+            run = f"{study.folder}/{name}"
+            train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
+            network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
+            sampler, loss = generate, held_out_loss
+        nats = loss(network, codebook, codes, study.labels, layout)
+        start = time.monotonic()
+        sampler(network, tokenizer, labels, layout, cfg=0.5)
+        seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
+        for T in (0.5, 0.8, 1.0, 1.1):
+            for fine in (T, T / 2) if K else (T,):
+                options = {"temperature": T} | ({"fine_temperature": fine} if K else {})
+                scores = study.samples(network, tokenizer, layout, sampler, cfg=0.5, **options)
+                rows.append(four_digits({
+                    "K": K, "T": T, "fine T": fine, "nats": nats[0],
+                    "of them fine": nats[-1] if K else 0,
+                    "nats finest map": nats[len(layout.sizes)], "ms an image": seconds} | scores))
+                study.write_csv(f"{study.prefix}coarse.csv", rows)
 
 
 @torch.no_grad()
 def redundancy(study, tokenizer, layout):
     """coarse.png: held-out pictures whose codes are replaced by random ones of the same cluster, by
     the clusters' centroids, by any codes; and how far all of them move, in dB."""
-    codebook, images = tokenizer.codebook().cpu(), study.held_out
+    codebook, images = tokenizer.codebook().cpu(), study.held_out[:1000]
     shown, names = [images], ["real"]
     codes = train_tiny.encode(tokenizer, images, layout.sizes)
     codes = codes[:, layout.scales[-1]].cpu()                            # (n, N*N)
@@ -334,6 +342,7 @@ def main(arguments=None):
     evaluate.add_options(add)
 
     add = commands.add_parser("compare", help="compare with plain models").add_argument
+    add("--data", metavar="DIR", help="pictures, as in study.py (default: toy shapes)")
     add("--quick", action="store_true", help="hardly any training, in runs/quick")
 
     args = parser.parse_args(arguments)

@@ -1,7 +1,6 @@
 """Complete a picture of which a part is known, or draw it anew from its coarse maps.
 
-    python study/complete.py runs/toy-2x/checkpoint.pt --keep left
-    python study/complete.py runs/toy-2x/checkpoint.pt --keep 2x2
+    python study/complete.py runs/toy-2x/checkpoint.pt --keep left 2x2
     python study/complete.py runs/toy-2x/checkpoint.pt my.png --class star --keep top
 
 draws what is missing of held-out pictures, or of files. The codes of known cells are given to
@@ -85,8 +84,9 @@ def complete_all(args):
     layout = Layout(model.config.sizes, P, device)
     size = layout.sizes[-1] * tokenizer.config.stride
     maps = [f"{n}x{n}" for n in layout.sizes[:-1]]
-    if args.keep not in (*HALVES, *maps):
-        raise ValueError(f"--keep {args.keep}: not among {', '.join((*HALVES, *maps))}")
+    for keep in args.keep:
+        if keep not in (*HALVES, *maps):
+            raise ValueError(f"--keep {keep}: not among {', '.join((*HALVES, *maps))}")
 
     # The pictures (n, 3, size, size), uint8, and their classes (n,).
     if args.pictures:
@@ -97,31 +97,32 @@ def complete_all(args):
         pictures, labels = images.held_out(args.n)
     toy = not args.pictures and images.paths is None
 
-    # What is known of them.
-    codes = train_tiny.encode(tokenizer, pictures, layout.sizes)            # (n, L)
+    codebook, codes = tokenizer.codebook(), train_tiny.encode(tokenizer, pictures, layout.sizes)
     whole = ckgen.decode_scale(tokenizer, codes, layout)
-    if args.keep in HALVES:
-        pixels = half(args.keep, size)
-        known = known_codes(codes, pixels, layout)
-        kept = np.where(pixels[..., None], whole, np.uint8(128))
-    else:
-        scales = 1 + maps.index(args.keep)
-        known = coarse_codes(codes, scales, layout)
-        kept = ckgen.decode_scale(tokenizer, codes, layout, scales - 1)
+    rows, names = [whole], ["decoded"]
+    for keep in args.keep:
+        # A row shows what is known of them.
+        if keep in HALVES:
+            pixels = half(keep, size)
+            known = known_codes(codes, pixels, layout)
+            rows.append(np.where(pixels[..., None], whole, np.uint8(128)))
+        else:
+            scales = 1 + maps.index(keep)
+            known = coarse_codes(codes, scales, layout)
+            rows.append(ckgen.decode_scale(tokenizer, codes, layout, scales - 1))
+        names.append(f"kept: {keep}")
 
-    # A row for each number of candidates.
-    codebook = tokenizer.codebook()
-    rows, names = [whole, kept], ["decoded", f"kept: {args.keep}"]
-    for candidates in args.candidates or ([1, 64] if args.keep in HALVES else [1]):
-        generator = torch.Generator(device).manual_seed(args.seed)
-        completed = [complete(model, codebook, labels[i:i + 1].to(device), layout, known[i],
-                              candidates, generator, **options)
-                     for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
-        rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
-        names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
-        if toy:
-            mixed = evaluate.two_colours(torch.from_numpy(rows[-1]).movedim(-1, 1))
-            print(f"{names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
+        # Then a row for each number of candidates.
+        for candidates in args.candidates or ([1, 64] if keep in HALVES else [1]):
+            generator = torch.Generator(device).manual_seed(args.seed)
+            completed = [complete(model, codebook, labels[i:i + 1].to(device), layout, known[i],
+                                  candidates, generator, **options)
+                         for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
+            rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
+            names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
+            if toy:
+                mixed = evaluate.two_colours(torch.from_numpy(rows[-1]).movedim(-1, 1))
+                print(f"{keep}, {names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
     with ckgen.write_whole(args.out) as file:
         ckgen.picture_grid([row[:8] for row in rows], names).save(file, "PNG")
     print(f"{args.out}: {', '.join(names)}; P = {P}, {options}")
@@ -138,7 +139,7 @@ def main(arguments=None):
     add("--data", metavar="DIR", help="where the run's pictures are now")
     add("--n", type=within(int, 1, 2000), default=8,
         help="how many held-out pictures (default: 8); the output shows eight at most")
-    add("--keep", default="left", metavar="PART",
+    add("--keep", nargs="+", default=["left"], metavar="PART",
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
     add("--candidates", type=within(int, 1, 10000), nargs="+", metavar="K",
         help="drawn side by side, one is kept (default: a row with 1, one with 64; to enlarge, 1: "

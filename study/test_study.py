@@ -166,7 +166,7 @@ def test_a_cell_is_known_if_all_its_pixels_are():
 def test_completion_by_command(finished, pictures, tmp_path, capsys):
     """Of held-out pictures and of files. A picture takes 100 pixels."""
     files = " ".join(str(path) for path in sorted(pictures.rglob("*.png"))[:3])
-    for words, rows, columns in (("--keep right --n 5", 4, 5),
+    for words, rows, columns in (("--keep right 2x2 --n 5", 6, 5),
                                  ("--keep 2x2 --candidates 4 --cfg 0 --temperature 0.7", 3, 8),
                                  (f"{files} --class star --candidates 1 2 3 --steps 2", 5, 3)):
         run(complete, f"{finished}/checkpoint.pt {words} --out {tmp_path}/a.png")
