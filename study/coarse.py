@@ -251,7 +251,7 @@ def compare(args):
     study = Study(args.quick, args.data)
     layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE) % 8
     if study.data:
-        name, choices = study.name(FIRST), (0, 256)
+        name, choices = str(FIRST), (0, 256)
         network, tokenizer = study.load(FIRST)
     else:
         name, choices = "codes-1024", (0, 64, 256)

@@ -70,7 +70,7 @@ def train_judge(images, device, iters):
 
 
 def judge_of(path, images, device, iters=None):
-    """The judge in a file, or a new one, which is written there: 1000 steps for toy shapes, which
+    """The judge in a file, or a new one, which is written there: 500 steps for toy shapes, which
     are easy, else 5000. Raises ValueError if that in the file was trained on other images."""
     if os.path.exists(path):
         state = ckgen.read(path)
@@ -80,7 +80,7 @@ def judge_of(path, images, device, iters=None):
             judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
             judge.load_state_dict(state["judge"])
         return judge.eval()
-    judge = train_judge(images, device, iters or (5000 if images.paths else 1000))
+    judge = train_judge(images, device, iters or (5000 if images.paths else 500))
     state = {"judge": judge.state_dict(), "images": [images.fingerprint, images.size]}
     with ckgen.write_whole(path) as file:
         torch.save(state, file)

@@ -73,6 +73,9 @@ class Model(NamedTuple):
     mixing: int = 2
     seed: int = 0
 
+    def __str__(self):
+        return "-".join(map(str, self))  # its folder
+
 
 FIRST = Model("2")  # whose tokenizer all models have
 KEY = (*Model._fields, "P", "cfg", "cfg_start")  # columns that tell rows of study.csv apart
@@ -115,11 +118,6 @@ class Study:
 
     # Models
 
-    @staticmethod
-    def name(model):
-        """The folder of a Model."""
-        return "-".join(map(str, model))
-
     def train(self, name, *options):
         """(network, tokenizer) that train_tiny.py trains with these options."""
         out = f"{self.folder}/{name}"
@@ -134,11 +132,11 @@ class Study:
         options = ["--scale", model.scale, "--seed", str(model.seed)]
         if model != FIRST:
             self.load(FIRST)
-            options += ["--tokenizer", f"{self.folder}/{self.name(FIRST)}/tokenizer.pt"]
+            options += ["--tokenizer", f"{self.folder}/{FIRST}/tokenizer.pt"]
         config = functools.partial(ckgen.Config, mixing_layers=model.mixing)
         with mock.patch.object(ckgen, "progressive_checkerboard", ORDERS[model.order]):
             with mock.patch.object(train_tiny, "Config", config):
-                return self.train(self.name(model), *options)
+                return self.train(str(model), *options)
 
     @functools.cache
     def layout(self, model, P):
@@ -390,7 +388,7 @@ def classes(study):
     """Eight samples of each class, or of a dozen classes, and as many held-out pictures decoded."""
     tokenizer, layout, rows = study.load(FIRST)[1], study.layout(FIRST, 4), []
     few = range(len(study.images.classes))[::math.ceil(len(study.images.classes) / 12)]
-    options = ckgen.load(f"{study.folder}/{study.name(FIRST)}/checkpoint.pt")[3]
+    options = ckgen.load(f"{study.folder}/{FIRST}/checkpoint.pt")[3]
     options.pop("steps")
     for label in few:
         drawn = study.draw(FIRST, 4, torch.full((8,), label), **options)
