@@ -834,14 +834,15 @@ def main(arguments=None):
         "bfloat16, else tiny)")
     add("--tokenizer", metavar="FILE", help="a trained tokenizer: of another run, or LlamaGen's "
         "vq_ds16_c2i.pt for 256-pixel pictures (default: that of --init, or train a small one)")
-    add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: tiny "
-        "256, S and L 1024); with --tokenizer: train a new codebook for it (the paper's has 4096)")
+    add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: 1024, "
+        "tiny on toy shapes 256); with --tokenizer: train a new codebook for it (paper: 4096)")
     add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L, 256 with a VQGAN)")
     add("--iters", type=within(int, 1), help="steps of training; the tokenizer's follow "
-        "in proportion (default: tiny 1150, S 6000, L 12000; with a VQGAN the paper's epochs)")
-    add("--batch-size", type=within(int, 1), help="(default: tiny 16, S 128, L 64)")
+        "in proportion (default: tiny 1150, on pictures 3600; S 6000, L 12000; with a VQGAN the "
+        "paper's epochs)")
+    add("--batch-size", type=within(int, 1), help="(default: tiny 16, on pictures 64; S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), help="same seed, same weights (default: 0)")

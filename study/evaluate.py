@@ -164,25 +164,30 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     device, _ = ckgen.find_device(args.device)
     model, tokenizer, classes, defaults = load(args.checkpoint, device)
     options, images = images_of(args.checkpoint, args.data)
-    defaults["steps"] = args.steps or defaults["steps"]
+    P = args.steps or defaults["steps"]
     real, labels = images.held_out()
     sizes, V = model.config.sizes, tokenizer.config.codes
+    layout = Layout(sizes, P, device)
+
+    # Tokenizer and losses.
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
-    decoded = decode(tokenizer, codes, Layout(sizes, 1))
+    decoded = decode(tokenizer, codes, layout)
     print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {V} codes in use")
     print("held-out loss, nats a token: all, then maps", *sizes)
-    for P in sorted({1, 2, 3, 4, 8, 16, defaults["steps"]}):
-        losses = held_out_loss(model, codebook, codes, labels, Layout(sizes, P, device))
-        print(f"  P = {P:<4d}", *(f"{loss:8.3f}" for loss in losses))
-    layout = Layout(sizes, defaults["steps"], device)
+    for other in sorted({1, 2, 3, 4, 8, 16, P}):
+        losses = held_out_loss(model, codebook, codes, labels, Layout(sizes, other, device))
+        print(f"  P = {other:<4d}", *(f"{loss:8.3f}" for loss in losses))
+
+    # Likelihoods.
     if isinstance(model, ckgen.Checkerboard) and len(classes) <= 20:
         log_p = log_likelihoods(model, codebook, codes, layout, len(classes))
         right = (log_p.argmax(1) == labels).double().mean()
         bits = -log_p[range(len(labels)), labels].mean() / math.log(2)
-        print(f"P = {defaults['steps']}: {bits:.1f} bits a held-out picture; class accuracy by "
-              f"likelihood {right:.3f}")
+        print(f"P = {P}: {bits:.1f} bits a held-out picture; class accuracy by likelihood "
+              f"{right:.3f}")
 
+    # Samples and floors.
     folder = os.path.dirname(args.checkpoint)
     judge = judge_of(args.judge or os.path.join(folder, "judge.pt"), images, device)
     some = range(min(10000, images.train))
@@ -195,8 +200,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
         print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
               f"Frechet distance {distance:.2f}{mixed}")
 
-    print(f"judged by {sum(p.numel() for p in judge.parameters()):,} weights; distance to "
-          f"{len(some)} training images:")
+    print(f"by the judge, beside {len(some)} training images:")
     say("held out", real, labels)
     say("held out, decoded", decoded, labels)
     wanted = torch.arange(SAMPLES) % len(classes)
