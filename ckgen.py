@@ -2,23 +2,36 @@
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, ... NxN. A
-transformer draws the maps from coarse to fine, and each map in P steps or fewer. Step i of a map
-draws block b_i, a set of cells that are spread evenly over the map, all at once.
+transformer draws the maps from coarse to fine. Each map takes at most P steps, and never more steps
+than it has cells. Step i of a map draws block b_i, a set of cells that are spread evenly over the
+map, all at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
     Sec. 3.1, Fig. 2           blocks, steps, mask            Layout
-    Sec. 3.3                   codes and latents              Tokenizer
+    Sec. 3.3                   codes, code vectors, latents   Tokenizer
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3, Eq. 1       z_up, inputs, AdaLN, loss      upsample, Checkerboard, loss_by_scale
     Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
     Fig. 1                     what each step adds            progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
-Shapes: B batch, L cells of the pyramid (the sequence is 1 + L: class token first), T tokens of one
-call, D width, H heads, d = D / H, V codes, C code dimension, n side of a map, N of the finest map.
-"As released" marks what the author's released models do, where the paper leaves it open or says
-otherwise. Guidance, as released, is cond + cfg (cond - uncond): 0 is off, 1.5 is 2.5 elsewhere.
+
+    name      in the paper       shape          what it is
+    latents                      (B, C, n, n)   what the encoder gives, of unit length
+    codes                        (B, L)         numbers 0 ... V-1 of the nearest code vectors
+    z         z_s                (B, L, C)      the code vectors of these codes, of unit length
+    z_up      z^up_{s-1}         (B, L, C)      z of the next coarser map, enlarged
+    cell      b_i, or b_s^i      (1+L,)         the cell whose code a token predicts
+    before    b_{i-1}            (1+L,)         the cell whose code it reads
+    pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
+    alpha     alpha              (H,)           how much of a key's RoPE is that of b_i: rope_mix
+
+B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, T tokens of
+one call; a map has n x n cells, the finest N x N. A sequence is 1 + L long: the class token comes
+first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none; where others write
+uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the author's released models do
+where the paper leaves it open or says otherwise, "ours" what is chosen here.
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
@@ -47,11 +60,17 @@ from tqdm import tqdm
 # 1. Scan order and scales (Sec. 3.2, Algorithm 1; Fig. 4b) ----------------------------------------
 
 def progressive_checkerboard(size):
-    """Algorithm 1: all cells (x, y) of a size x size grid, in an order whose prefixes are balanced:
-    at each level of the quadtree, the quadrants hold equally many cells of a prefix, give or take
-    one. If size is not a power of two, the order of the next one is restricted to the grid;
-    quadrants inside the grid are balanced. Raises ValueError if size < 1. It needs no import:
-    copy it. np.array_split(order, P) gives the blocks."""
+    """Algorithm 1: all cells (x, y) of a size x size grid in scan order.
+
+    The order is balanced: after any number of cells, the quadrants of a quadrant hold equally many
+    visited cells, to within one, at every level. Any order of the four quadrants would do for that.
+    This one visits diagonal quadrants first, so that half of the cells are a checkerboard, not
+    stripes. A size that is not a power of two leaves out the cells that lie outside: of 3x3 cells,
+    (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (0,1) (2,1) (1,2). Then quadrants that lie inside as a whole
+    are balanced. Raises ValueError if size < 1.
+
+    It needs no import: copy it. np.array_split(order, P) gives the blocks.
+    """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
 
@@ -76,6 +95,8 @@ def scale_sizes(grid, ratio):
         3        1 2 5 16                286    13, 21
         4        1 4 16                  273    9, 17
         1        16                      256    4, 8   (the single-scale baseline)
+
+    Ratio 2 takes 17 steps with P = 4, not 5 * 4, as the 1x1 map has one cell and so takes one step.
     """
     sizes = [grid]
     while ratio > 1 and sizes[-1] > 1:
@@ -86,21 +107,26 @@ def scale_sizes(grid, ratio):
 # 2. Layout: the token sequence (Sec. 3.1, Fig. 2) -------------------------------------------------
 #
 # A cell is an index 0 ... L-1 into the flattened pyramid: the maps one after the other, coarse to
-# fine, each row by row. Two indices are not cells:
+# fine, each row by row. Two indices are not cells. The RoPE table has a row for each: its last two.
 
-EMPTY = -1  # what the first block of a scale has in place of a block before
+EMPTY = -1  # stands in for the previous block in the first block of a scale
 CLASS = -2  # the class token
 
 
 class Layout:
     """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks.
 
-    Block sizes differ by one at most, larger ones first. Token j of a block reads cell j of the
-    block before (Eq. 1), which is never shorter. Of a 4x4 map with P = 4, cells 0-15 row by row,
-    step 1 draws 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    Training and sampling read this one table, so they cannot disagree.
+
+    Block sizes differ by one at most, larger ones first (ours; the paper leaves it open). Token j
+    of a block reads cell j of the previous block (Eq. 1), which is never shorter. If it is longer,
+    nobody of its scale reads its last cell, nor any cell of a last block: Eq. 1 has no place for
+    them. They are seen by attention. Of a 4x4 map with P = 4, cells 0-15 row by row, step 1 draws
+    0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
     No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from 1 to N * N,
-    so that one model can sample with any P.
+    so that one model can sample with any P. The paper does not say how often each P is drawn;
+    draw_batch in train_tiny.py says how ours are.
     """
 
     def __init__(self, sizes, P, device="cpu"):
@@ -109,7 +135,7 @@ class Layout:
         self.steps = []   # [(scale, start, end), ...]: step t draws tokens start ... end-1
         cell, before, block = [CLASS], [CLASS], [0]
         for scale, n in enumerate(sizes):
-            first = len(cell) - 1
+            first = len(cell) - 1  # the number of cells so far: `cell` holds the class token too
             self.scales.append(slice(first, first + n * n))
             order = torch.tensor([first + y * n + x for x, y in progressive_checkerboard(n)])
             previous = [EMPTY] * n * n
@@ -123,7 +149,8 @@ class Layout:
         self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
         self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
         block = torch.tensor(block, device=device)         # (1+L,) its block; class token: 0
-        # (1+L, 1+L): a row's token sees its own block and all blocks before, in all scales
+        # (1+L, 1+L): a row's token sees its own block and all earlier ones, in all scales. The
+        # class token is a block of its own: it sees only itself, and every token sees it.
         self.mask = block[:, None] >= block
 
 
@@ -141,8 +168,9 @@ class TokenizerConfig:
 
 
 class Tokenizer(nn.Module):
-    """A vector-quantised autoencoder with latents and codes of unit length. Every scale is encoded
-    separately from the image, so it decodes to a picture. Images are (B, 3, h, w) in [-1, 1]."""
+    """A vector-quantised autoencoder. Latents and code vectors have unit length. Every scale is
+    encoded by itself from the image, so each decodes to a picture. Images are (B, 3, h, w) in
+    [-1, 1]."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +179,7 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = make_pair(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
-        # a buffer: in train_tiny.py it follows moving averages of the latents, not a gradient
+        # A buffer: in train_tiny.py it follows moving averages of the latents, not a gradient.
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -164,12 +192,12 @@ class Tokenizer(nn.Module):
         return F.normalize(latents.float(), dim=1)
 
     def quantize(self, latents):
-        """Latents (B, C, n, n) to codes (B, n, n). Of unit vectors, the nearest has the largest dot
+        """Latents (B, C, n, n) to codes (B, n, n). The nearest of unit vectors has the largest dot
         product."""
         return torch.einsum("bchw,vc->bhwv", latents, self.codebook()).argmax(-1)
 
     def decode(self, latents):
-        """Latents (B, C, n, n) to images (B, 3, n * stride, n * stride)."""
+        """Latents or code vectors (B, C, n, n) to images (B, 3, n * stride, n * stride)."""
         latents = F.normalize(latents, dim=1).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(latents))
 
@@ -196,12 +224,13 @@ def as_map(rows):
     return rows.transpose(1, 2).unflatten(2, (n, n))
 
 
-def upsample(latents, layout, scale):
-    """z_up of a scale (Sec. 3.1), (B, n*n, C), of a pyramid of latents (B, L, C). As released, zero
-    at the first scale; at the others of unit length again, since interpolation shortens vectors."""
+def upsample(z, layout, scale):
+    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged. As
+    released it has unit length again, as all code vectors have: their mean is shorter than 1. The
+    first scale has no coarser map, and gets zeros, of which the model makes a learned constant."""
     if scale == 0:
-        return torch.zeros_like(latents[:, layout.scales[0]])
-    n, coarser = layout.sizes[scale], latents[:, layout.scales[scale - 1]]
+        return torch.zeros_like(z[:, layout.scales[0]])
+    n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
     up = F.interpolate(as_map(coarser), (n, n), mode="bilinear", align_corners=False)
     return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
 
@@ -224,8 +253,8 @@ class ResidualBlock(nn.Module):
 
 
 def small_pair(config):
-    """Our small encoder and decoder. The encoder sees one cell at a time: equal patches get equal
-    codes, which are easy to predict. The decoder sees a neighbourhood."""
+    """A small encoder and decoder (ours). The encoder sees one cell at a time: equal patches get
+    equal codes, which are easy to predict. The decoder sees a neighbourhood."""
     pixels, width = 3 * config.stride ** 2, config.width
     blocks = [ResidualBlock(width, width) for _ in range(3)]
     return (nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
@@ -255,11 +284,17 @@ class Config:
 
 
 def rope_table(sizes, head_width):
-    """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d): cos, sin, cos, ... of d angles.
-    7/16 of the angles grow with x, 7/16 with y, in cells of the finest map, 1/8 with the scale. The
-    last two rows are of CLASS and EMPTY: angle 0. As released: frequencies from 1 to almost 1/N^2,
-    for scales to 1/10, where scale k lies at (k + 1) pi/2; and elements i and i + d/2, a pair, get
-    equal angles, a true rotation, that are learned separately."""
+    """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
+
+    A row holds d angles, one for each element of a head, as their cosines and sines: cos, sin, cos,
+    ..., in which order the released files have them. RoPE turns elements i and i + d/2 as a pair.
+    Both start with the same angle, which is a rotation. Training then changes each by itself, as
+    released: the table is learned, not computed.
+
+    7/16 of the angles grow with x, 7/16 with y, in cells of the finest map, 1/8 with the scale.
+    Frequencies are as released, from 1 to almost 1/N^2, and for the scale to 1/10, where scale k
+    lies at (k + 1) pi/2. The last two rows are those of CLASS and EMPTY: angle 0.
+    """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
@@ -324,8 +359,9 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each after AdaLN: RMSNorm, then a scale and a shift that depend
-    on the class. As released, RMSNorm also keeps a gain of its own."""
+    """Attention and feed-forward, each after AdaLN: RMSNorm, then a factor and a shift that depend
+    on the class. As released, RMSNorm keeps a gain of its own, and unlike in DiT no gate scales
+    what is added to x."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,16 +374,16 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def modulation(self, class_token):
-        """The class token (B, 1, D) to two shifts and two scales, (B, 1, D) each."""
-        shift1, scale1 = self.input_modulation(class_token).chunk(2, -1)
-        shift2, scale2 = self.post_attention_modulation(class_token).chunk(2, -1)
-        return shift1, scale1, shift2, scale2
+        """The class token (B, 1, D) to two shifts and two factors, (B, 1, D) each."""
+        shift1, factor1 = self.input_modulation(class_token).chunk(2, -1)
+        shift2, factor2 = self.post_attention_modulation(class_token).chunk(2, -1)
+        return shift1, factor1, shift2, factor2
 
     def forward(self, x, modulation, q_rope, k_rope, mask, cache, start):
-        shift1, scale1, shift2, scale2 = modulation
-        h = self.attention_norm(x) * scale1 + shift1
+        shift1, factor1, shift2, factor2 = modulation
+        h = self.attention_norm(x) * factor1 + shift1
         x = x + self.attention(h, q_rope, k_rope, mask, cache, start)
-        h = self.ffn_norm(x) * scale2 + shift2
+        h = self.ffn_norm(x) * factor2 + shift2
         return x + self.feed_forward(h)
 
 
@@ -376,27 +412,30 @@ class Checkerboard(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise what differs from torch's defaults."""
+        """Initialise what differs from torch's defaults. The standard deviation is as released; the
+        modulations are ours: a factor of 1 and a shift of 0 leave RMSNorm as it is."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
                     nn.init.normal_(p, std=0.02)
             for modulation in (layer.input_modulation, layer.post_attention_modulation):
                 nn.init.zeros_(modulation[1].weight)
-                nn.init.zeros_(modulation[1].bias)                       # shift 0
-                nn.init.ones_(modulation[1].bias[self.config.width:])    # scale 1
+                nn.init.zeros_(modulation[1].bias)                       # the shift
+                nn.init.ones_(modulation[1].bias[self.config.width:])    # the factor
         nn.init.zeros_(self.lm_head.weight)  # all codes equally likely: the loss starts at log V,
         nn.init.zeros_(self.lm_head.bias)    # 5.55 for V = 256 and 8.32 for the paper's 4096
 
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query turns with the cell that its token predicts. So does a key, but in the mixing layers
-        (Sec. 3.4) it turns with alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), an alpha per head.
-        Of a first block, b_{i-1} is EMPTY; of the class token, both are CLASS.
+        A query is rotated by the position of the cell that it predicts. So is a key, but in the
+        mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha
+        for each head, and this sum is not made a rotation again, as released. In the first block of
+        a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
-        table = F.normalize(table, dim=0)                # cos^2 + sin^2 = 1 again, as released
+        # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
+        table = F.normalize(table, dim=0)
         here = table[:, layout.cell]                                     # (2, 1+L, d)
         before = table[:, layout.before]
         ropes = [(here, here)] * self.config.layers
@@ -406,25 +445,33 @@ class Checkerboard(nn.Module):
         return ropes
 
     def embed_class(self, labels):
-        """Labels (B,) to the class token (B, 1, D) and the shifts and scales of each layer. Labels
+        """Labels (B,) to the class token (B, 1, D) and the shifts and factors of each layer. Labels
         are 0 ... classes-1, and `classes` for none."""
         class_token = self.class_embeddings(labels)[:, None]             # (B, 1, D)
         return class_token, [layer.modulation(class_token) for layer in self.layers]
 
-    def inputs(self, latents, z_up, layout, start, end):
-        """Eq. 1, its parts in the released order: the input tokens start ... end-1, (B, T, D), of
-        the pyramids latents and z_up, (B, L, C), read at b_{i-1} and at b_i."""
+    def inputs(self, z, z_up, layout, start, end):
+        """Eq. 1: the input tokens start ... end-1, (B, T, D), of z and z_up (B, L, C). Each is made
+        of four parts, in the released order; the paper's is 2, 4, 1, 3:
+
+            pos[b_i]        where the cell lies that is predicted
+            z_up[b_i]       what the coarser map shows there
+            pos[b_{i-1}]    where the cell of the previous block lies
+            z[b_{i-1}]      its code vector
+        """
         cell, before = layout.cell[start:end], layout.before[start:end]
-        B = len(latents)
         pos = self.embed_positions.weight                                # (L, D)
-        up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))      # (B, T, D)
-        # The index EMPTY reads the last cell; torch.where puts the learned constants in its place.
+        pos_here = pos[cell].expand(len(z), -1, -1)                      # (B, T, D)
+        up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))
+
+        # In a first block, learned constants stand for pos and z of b_0. Until torch.where puts
+        # them in, the index EMPTY reads the last cell.
         first_block = (before == EMPTY)[:, None]                         # (T, 1)
-        code_before = self.embed_codevecs_mlp(latents[:, before])
-        code_before = torch.where(first_block, self.empty_token_emb, code_before)  # (B, T, D)
-        pos_before = torch.where(first_block, self.empty_token_pos, pos[before])   # (T, D)
-        parts = [pos[cell].expand(B, -1, -1), up, pos_before.expand(B, -1, -1), code_before]
-        return self.combine_inputs(torch.cat(parts, -1))
+        pos_before = torch.where(first_block, self.empty_token_pos, pos[before])
+        pos_before = pos_before.expand(len(z), -1, -1)                   # (B, T, D)
+        z_before = self.embed_codevecs_mlp(z[:, before])
+        z_before = torch.where(first_block, self.empty_token_emb, z_before)
+        return self.combine_inputs(torch.cat([pos_here, up, pos_before, z_before], -1))
 
     def transform(self, x, modulations, ropes, mask=None, caches=None, start=0):
         """Tokens start ... start+T-1, (B, T, D), through all layers to logits (B, T, V)."""
@@ -437,25 +484,26 @@ class Checkerboard(nn.Module):
         x = x.to(self.norm.weight.dtype)  # float32: see for_sampling
         return self.lm_head(self.norm(x)).float()
 
-    def forward(self, latents, labels, layout, noisy=None):
-        """Training: all tokens in one pass over the true latents (B, L, C), to logits (B, L, V) in
-        the order of layout.cell[1:]. noisy: other latents to make z_up of, so that the model does
-        not trust the coarser map blindly (as released)."""
-        source = latents if noisy is None else noisy
+    def forward(self, z, labels, layout, noisy_z=None):
+        """Training: all tokens in one pass, given the true z (B, L, C), to logits (B, L, V) in the
+        order of layout.cell[1:]. noisy_z: another z to make z_up of, so that the model does not
+        trust the coarser map blindly (as released)."""
+        source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
-        tokens = self.inputs(latents, z_up, layout, 1, len(layout.cell))
+        tokens = self.inputs(z, z_up, layout, 1, len(layout.cell))
         x = torch.cat([class_token, tokens], 1)                          # (B, 1+L, D)
         return self.transform(x, modulations, self.ropes(layout), layout.mask)[:, 1:]
 
 
 def loss_by_scale(logits, codes, layout):
     """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is trained
-    (Sec. 3.1), then each scale's mean. logits (B, L, V) in layout order, codes (B, L)."""
+    (Sec. 3.1), then each scale's mean. All tokens count alike, so that the finest map makes up
+    three quarters of the loss at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
-    # a scale's tokens fill the same slice as its cells, in another order
+    # The tokens of a scale fill the same slice as its cells, in another order.
     return torch.stack([losses.mean(), *(losses[at].mean() for at in layout.scales)])
 
 
@@ -464,7 +512,7 @@ def loss_by_scale(logits, codes, layout):
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
     the log of exponential noise is Gumbel noise. Temperature 0 is argmax. Unlike multinomial, it
-    never makes the CPU wait."""
+    needs no synchronisation with the GPU."""
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
     return (logits - temperature * noise.log()).argmax(-1)
@@ -480,10 +528,10 @@ def guided_from(cfg_start, layout):
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            return_entropy=False, known=None):
-    """Draw the codes (B, L) of one image for each label (B,), one forward pass a step. codebook is
-    (V, C). The first cfg_start steps are not guided, for the sake of diversity: five are the 1x1
-    and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the entropies (B, L),
-    in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
+    """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
+    codebook is (V, C). The first cfg_start steps are not guided, for the sake of diversity: five
+    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the
+    entropies (B, L), in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
 
     With known (B, L), the codes of some cells and -1 for the others: takes these instead of drawing
     them, and returns codes and log_p alone. log_p (B,) adds up the log-probabilities of the known
@@ -492,11 +540,12 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
+    # Prepare.
     if known is not None and temperature == 0:
         raise ValueError("known codes need a temperature above 0")
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
-    if cfg > 0:  # the batch twice: with its classes, and without
+    if cfg > 0:  # every tensor of the model holds the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
     cfg_start = guided_from(cfg_start, layout)
     class_token, modulations = model.embed_class(labels)
@@ -506,23 +555,30 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     codes = torch.zeros(B, L, dtype=torch.long, device=labels.device)
     entropies = torch.zeros(B, L, device=labels.device)
     log_p = torch.zeros(B, device=labels.device)
-    latents = codebook.new_zeros(B, L, codebook.shape[1])
-    z_up = torch.zeros_like(latents)
-    for t, (scale, start, end) in enumerate(layout.steps):
-        cell = layout.cell[start:end]
-        z_up[:, layout.scales[scale]] = upsample(latents, layout, scale)
-        x = model.inputs(latents, z_up, layout, start, end)                 # (B, T, D)
+    z = codebook.new_zeros(B, L, codebook.shape[1])
+    z_up = torch.zeros_like(z)
+    for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0, as cfg_start does
+        # Forward.
+        cell = layout.cell[start:end]                                       # (T,)
+        z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
+        x = model.inputs(z, z_up, layout, start, end)                       # (B, T, D)
         if cfg > 0:  # before cfg_start too: later steps attend to the unconditional half's cache
-            x = torch.cat([x, x])
-        if t == 0:   # the class token comes along with the first block
+            x = torch.cat([x, x])                                           # (2B, T, D)
+        if t == 0:
+            # The class token comes along with the first block, which it must not see: a mask.
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
-        else:        # a block sees itself and all that is cached: no mask
+        else:
+            # A block sees itself and all that is cached: no mask.
             logits = model.transform(x, modulations, ropes, None, caches, start)
+
+        # Guide.
         if cfg > 0:
-            cond, uncond = logits.chunk(2)
+            cond, uncond = logits.chunk(2)                                  # (B, T, V) each
             w = cfg if t >= cfg_start else 0
             logits = cond + w * (cond - uncond)
+
+        # Draw, or take what is known.
         drawn = draw(logits, temperature, generator)                        # (B, T)
         if known is not None:
             given = known[:, cell]
@@ -530,7 +586,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             log_p -= F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
                                      reduction="none").sum(1)
         codes[:, cell] = drawn
-        latents[:, cell] = codebook[drawn]
+        z[:, cell] = codebook[drawn]
         if return_entropy:
             entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
     if known is not None:
@@ -539,8 +595,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """Sample for any number of labels (n,): codes (n, L). It takes the options of `sample` that add
-    no result. A batch of 64 takes 4 GB of a GPU with the L model."""
+    """`sample` for any number of labels (n,), 64 at a time: codes (n, L). It takes the options of
+    `sample` that add no result. A batch of 64 takes 4 GB of a GPU with the L model."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
@@ -567,43 +623,21 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
 
 
 @torch.no_grad()
-def progress_frames(tokenizer, latents, layout):
-    """A list of the images (B, h, w, 3), uint8, after each step (Fig. 1), from latents (B, L, C).
-    Undrawn cells are grey; the decoder sees z_up in their place, and nothing of later steps."""
+def progress_frames(tokenizer, z, layout):
+    """A list of the images (B, h, w, 3), uint8, after each step (Fig. 1), of z (B, L, C). Undrawn
+    cells are grey; the decoder sees z_up in their place, and nothing of later steps."""
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
-        drawn = torch.zeros(latents.shape[1], dtype=torch.bool, device=latents.device)
+        drawn = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
         drawn[layout.cell[1:end]] = True
-        z_up = upsample(latents, layout, scale)
-        known = torch.where(drawn[at, None], latents[:, at], z_up)          # (B, n*n, C)
+        z_up = upsample(z, layout, scale)
+        known = torch.where(drawn[at, None], z[:, at], z_up)                # (B, n*n, C)
         image = torch.cat([tokenizer.decode(part) for part in as_map(known).split(16)])
         image = F.interpolate(image, (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
     return frames
-
-
-def picture_grid(rows, names=()):
-    """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
-    get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
-    size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
-    gap, margin = size + 4, 9 * max(map(len, names), default=0)
-    grid = Image.new("RGB", (margin + max(map(len, rows)) * gap, len(rows) * gap), "white")
-    pen = ImageDraw.Draw(grid)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            picture = Image.fromarray(picture).resize((size, size), Image.NEAREST)
-            grid.paste(picture, (margin + j * gap + 2, i * gap + 2))
-    for i, name in enumerate(names):
-        pen.text((4, (i + 0.5) * gap), name, "black", anchor="lm", font_size=14)
-    return grid
-
-
-def save_gif(frames, file):
-    """Write PIL images as an endless animation that rests on the last one."""
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[250] * (len(frames) - 1) + [2000])
 
 
 # A reader of the paper can stop here. The rest: VQGAN, files, command line.
@@ -925,6 +959,28 @@ def kind_of_output(path):
     if kind not in (".png", ".gif", ".npz") or os.path.isdir(path) or not os.path.isdir(folder):
         raise ValueError(f"--out {path}: not a .png, .gif or .npz file in a folder that exists")
     return kind
+
+
+def picture_grid(rows, names=()):
+    """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
+    get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
+    size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
+    gap, margin = size + 4, 9 * max(map(len, names), default=0)
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * gap, len(rows) * gap), "white")
+    pen = ImageDraw.Draw(grid)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            picture = Image.fromarray(picture).resize((size, size), Image.NEAREST)
+            grid.paste(picture, (margin + j * gap + 2, i * gap + 2))
+    for i, name in enumerate(names):
+        pen.text((4, (i + 0.5) * gap), name, "black", anchor="lm", font_size=14)
+    return grid
+
+
+def save_gif(frames, file):
+    """Write PIL images as an endless animation that rests on the last one."""
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[250] * (len(frames) - 1) + [2000])
 
 
 def arrange(pictures, names):
