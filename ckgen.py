@@ -66,7 +66,7 @@ def progressive_checkerboard(size):
     visited cells, to within one, at every level. Any order of the four quadrants would do for that.
     This one visits diagonal quadrants first, so that half of the cells are a checkerboard, not
     stripes. A size that is not a power of two leaves out the cells that lie outside: of 3x3 cells,
-    (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (0,1) (2,1) (1,2). Then quadrants that lie inside as a whole
+    (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (1,2) (0,1) (2,1). Then quadrants that lie inside as a whole
     are balanced. Raises ValueError if size < 1.
 
     It needs no import: copy it. np.array_split(order, P) gives the blocks.
@@ -711,6 +711,7 @@ def vqgan(config):
     channels, blocks = config.channels, config.res_blocks
     encoder = vqgan_half(3, channels, config.width, blocks, len(channels) - 1, halve)
     decoder = vqgan_half(config.width, channels[::-1], 3, blocks + 1, 0, double)
+    # The decoder runs the same parts in another order: conv_in, mid, conv_blocks, ...
     decoder.move_to_end("mid", last=False)
     decoder.move_to_end("conv_in", last=False)
     return nn.Sequential(encoder), nn.Sequential(decoder)
@@ -738,8 +739,9 @@ def lacks_memory(error):
 
 
 @contextlib.contextmanager
-def contents_of(path):
-    """What a damaged file raises becomes a ValueError of one line. Faults of the machine stay."""
+def reading(path):
+    """Whatever a damaged file raises inside becomes a ValueError of one line that names the file.
+    Faults of the machine, as lack of memory, stay what they are."""
     try:
         yield
     except Exception as error:
@@ -751,13 +753,13 @@ def contents_of(path):
 
 def read(path):
     """The dictionary in a file of torch.save. Raises OSError or ValueError, as all that follow."""
-    with open(path, "rb") as file, contents_of(path):
+    with open(path, "rb") as file, reading(path):
         start = file.read(60)
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)  # torch can write it without checksums: all are 0
             if archive.infolist()[0].CRC and archive.testzip():
                 raise ValueError("a checksum is wrong")
-        elif not start.startswith((b"PK", b"\x80")):  # half of a zip, or a pickle as of old
+        elif not start.startswith((b"PK", b"\x80")):  # half a zip, or a pickle of an old torch
             raise ValueError(f"no checkpoint, but a file that starts with {start}")
         file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the author's files hold one
@@ -765,7 +767,8 @@ def read(path):
 
 
 def build(kind, config, weights):
-    """A module of this kind with these weights. It allocates nothing that they do not fill."""
+    """A module of this kind with these weights. It is built on the meta device, so that no memory
+    is spent on weights that are about to be replaced."""
     with torch.device("meta"):
         module = kind(config)
     module.load_state_dict(weights, assign=True)
@@ -780,7 +783,7 @@ def load(path, device="cpu", dtype=torch.float32):
     state = read(path)
     if "lm_head.weight" not in state.get("model", ()):
         raise ValueError(f"{path}: not a checkpoint with a model to draw from; a tokenizer?")
-    with contents_of(path):
+    with reading(path):
         if "options" in state:  # written by train_tiny.py
             config, weights = Config(**state["config"]), state["model"]
             classes, defaults = state["classes"], state["defaults"]
@@ -809,7 +812,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     """The tokenizer in a file: a checkpoint, the author's or LlamaGen's tokenizer. state: what
     `read` gives of it. The codebook stays float32."""
     state = state or read(path)
-    with contents_of(path):
+    with reading(path):
         if "tokenizer_config" in state:
             config, weights = TokenizerConfig(**state["tokenizer_config"]), state["tokenizer"]
         else:
@@ -847,7 +850,8 @@ def our_names(tensors, of_tokenizer):
 
 
 def released_config(tensors):
-    """The Config of a released transformer."""
+    """The Config of a released transformer. A file does not say the sides of the maps, but how many
+    cells they have in all; of the pyramids that were trained, no two have the same number."""
     length, width = tensors["embed_positions.weight"].shape
     pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in (2, 4, 3, 2 ** 0.5, 1)]
     return Config(
@@ -1029,6 +1033,7 @@ def sample_to_file(args):
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
+    # Without --class, n classes or 16, evenly chosen: neighbours in ImageNet are alike.
     wanted = args.classes or names[::math.ceil(len(names) / (args.n or 16))]
     chosen = class_numbers(wanted, names)[:args.n]
     shown = [[*names, "none"][i] for i in chosen]
@@ -1037,6 +1042,7 @@ def sample_to_file(args):
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
 
+    # The classes in turn, n labels in all.
     check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:

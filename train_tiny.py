@@ -192,7 +192,7 @@ def resume(path, model, optimizers, tokenizer):
     """Load model and optimizers from a checkpoint. Returns all that it holds. Raises ValueError if
     it was trained with another tokenizer."""
     state = ckgen.read(path)
-    with ckgen.contents_of(path):
+    with ckgen.reading(path):
         if not torch.equal(state["tokenizer"]["codebook_weight"], tokenizer.codebook_weight.cpu()):
             raise ValueError("tokenizer.pt has another codebook")
         model.load_state_dict(state["model"])
@@ -692,7 +692,7 @@ def stored_options(folder):
     for path in (f"{folder}/checkpoint.pt", f"{folder}/tokenizer.pt"):
         if os.path.exists(path):
             state = ckgen.read(path)
-            with ckgen.contents_of(path):
+            with ckgen.reading(path):
                 return dict(state["options"])
 
 

@@ -183,7 +183,7 @@ def load(path, device="cpu", dtype=torch.float32):
     state = ckgen.read(path)
     if "centroids" not in state.get("model", ()):
         raise ValueError(f"{path}: not written by coarse.py train")
-    with ckgen.contents_of(path):
+    with ckgen.reading(path):
         kind = functools.partial(CoarseToFine, clusters=len(state["model"]["centroids"]))
         model = ckgen.build(kind, Config(**state["config"]), state["model"]).to(device)
         classes, defaults = state["classes"], state["defaults"]

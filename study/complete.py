@@ -66,7 +66,7 @@ def half(name, size):
 
 def read(path, size):
     """A picture (3, size, size), uint8. Raises OSError, or ValueError if it is damaged."""
-    with ckgen.contents_of(path):
+    with ckgen.reading(path):
         return torch.from_numpy(np.array(train_tiny.read_picture(path, size))).movedim(-1, 0)
 
 

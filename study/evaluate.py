@@ -74,7 +74,7 @@ def judge_of(path, images, device, iters=None):
     are easy, else 5000. Raises ValueError if that in the file was trained on other images."""
     if os.path.exists(path):
         state = ckgen.read(path)
-        with ckgen.contents_of(path):
+        with ckgen.reading(path):
             if state["images"] != [images.fingerprint, images.size]:
                 raise ValueError("the judge of other images")
             judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
