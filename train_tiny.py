@@ -732,7 +732,7 @@ def make_run(options, out, P, device, dtype):
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
                              dtype=dtype, out=out, redraw=P is not None)
     run.defaults = {"steps": P or 4, "cfg": 1.5, "temperature": 1.0}
-    if run.config == "tiny" or not run.data:  # more guidance mixes the colours of toy shapes
+    if not run.data:  # more guidance mixes the colours of toy shapes
         run.defaults |= {"cfg": 0.5, "temperature": 0.5}
     return run
 
