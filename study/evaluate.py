@@ -7,11 +7,13 @@ prints the tokenizer's error, and the loss on held-out images for several P. If 
 classes, it prints how many bits a held-out picture takes, and for how many the model itself finds
 the class, as that under which the picture is likeliest.
 
-Then a judge, a classifier that is trained on the real images and kept in a file, says how many of
-2000 samples it takes for their class, and how far their features lie from those of real images
-(Frechet distance; Heusel et al. 2017). Two floors stand above: what it says of held-out images, and
-of the same through the tokenizer. Distances of different judges cannot be compared. Of toy shapes
-it says too in how many two colours mix.
+Then a judge, a small classifier, says how many of 2000 samples it takes for their class, and how
+far their features lie from those of training images (Frechet distance; Heusel et al. 2017). Both
+are seen through the tokenizer, so that the distance is that of the transformer alone. Above stand
+what the judge says of held-out images, and the floor that samples can reach, what it says of the
+same through the tokenizer. The judge is trained on the training images, half of them through the
+tokenizer, and kept in a file. Distances of different judges cannot be compared. Of toy shapes it
+also counts in how many two colours mix.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import math
 import os
 import sys
 import time
+import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -49,18 +52,23 @@ class Judge(nn.Module):
         self.head = nn.Linear(128, classes)
 
 
-def train_judge(images, device, iters):
-    """Train a Judge on the real images, all of a batch mirrored and shifted alike."""
+def train_judge(images, tokenizer, iters):
+    """Train a Judge on the real images. All of a batch are mirrored and shifted alike."""
     torch.manual_seed(0)
+    device = tokenizer.codebook_weight.device
     judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=iters)
     for _ in tqdm(range(iters), "judge", unit="step"):
         pictures, labels = images.batch(64, torch.default_generator)
+        real, others = pictures.to(device).chunk(2)
+        with torch.no_grad():
+            codes = tokenizer.quantize(tokenizer.encode(others)).flatten(1)
+            decoded = tokenizer.decode_codes(codes).clamp(-1, 1)
+        pictures = F.pad(torch.cat([real, decoded]), (2, 2, 2, 2), "reflect")
         dy, dx = torch.randint(5, (2,)).tolist()
-        size = pictures.shape[-1]
-        pictures = F.pad(pictures, (2, 2, 2, 2), "reflect")[..., dy:dy + size, dx:dx + size]
-        pictures = pictures.to(device, memory_format=torch.channels_last)
+        pictures = pictures[..., dy:dy + images.size, dx:dx + images.size]
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(judge.head(judge.features(pictures)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -69,21 +77,23 @@ def train_judge(images, device, iters):
     return judge.eval()
 
 
-def judge_of(path, images, device, iters=None):
+def judge_of(path, images, tokenizer, iters=None):
     """The judge in a file, or a new one, which is written there: 500 steps for toy shapes, which
-    are easy, else 5000. Raises ValueError if that in the file was trained on other images."""
+    are easy, else 5000. Raises ValueError if that in the file was trained on something else."""
+    codebook = tokenizer.codebook_weight.cpu().numpy().tobytes()
+    device = tokenizer.codebook_weight.device
+    belongs = [images.fingerprint, images.size, zlib.crc32(codebook)]
     if os.path.exists(path):
         state = ckgen.read(path)
         with ckgen.reading(path):
-            if state["images"] != [images.fingerprint, images.size]:
-                raise ValueError("the judge of other images")
-            judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
+            if state["belongs"] != belongs:
+                raise ValueError("the judge of other images or of another tokenizer")
+            judge = Judge(len(images.classes))
             judge.load_state_dict(state["judge"])
-        return judge.eval()
-    judge = train_judge(images, device, iters or (5000 if images.paths else 500))
-    state = {"judge": judge.state_dict(), "images": [images.fingerprint, images.size]}
+        return judge.to(device, memory_format=torch.channels_last).eval()
+    judge = train_judge(images, tokenizer, iters or (5000 if images.paths else 500))
     with ckgen.write_whole(path) as file:
-        torch.save(state, file)
+        torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
     return judge
 
 
@@ -106,7 +116,7 @@ def frechet_distance(a, b):
 
 def accuracy_and_distance(judge, reference, f, labels):
     """Share of pictures with features f (n, 128) that the judge takes for their labels (n,), and
-    the Frechet distance of f to the reference, features of real images."""
+    the Frechet distance of f to the reference, features too."""
     right = judge.head(f.to(judge.head.weight.device)).argmax(-1).cpu() == labels
     return right.double().mean().item(), frechet_distance(f, reference)
 
@@ -130,6 +140,19 @@ def decibels(pictures, real):
 def decode(tokenizer, codes, layout):
     """Codes (n, L) to images (n, 3, h, h), uint8, on the CPU."""
     return torch.from_numpy(ckgen.decode_scale(tokenizer, codes, layout)).permute(0, 3, 1, 2)
+
+
+def reconstruct(tokenizer, images):
+    """Images (n, 3, h, h), uint8, through the tokenizer."""
+    n = images.shape[-1] // tokenizer.config.stride
+    return decode(tokenizer, encode(tokenizer, images, (n,)), Layout((n,), 1))
+
+
+def reference_of(judge, tokenizer, images):
+    """Features of up to 10,000 training images through the tokenizer, and their labels."""
+    some = range(min(10000, images.train))
+    pictures = reconstruct(tokenizer, crop(images.read(some), images.size))
+    return features(judge, pictures), images.labels[some]
 
 
 @torch.no_grad()
@@ -171,7 +194,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
 
     # Tokenizer and losses.
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
-    decoded = decode(tokenizer, codes, layout)
+    decoded = reconstruct(tokenizer, real)
     print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {V} codes in use")
     print("held-out loss, nats a token: all, then maps", *sizes)
@@ -189,9 +212,8 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
 
     # Samples and floors.
     folder = os.path.dirname(args.checkpoint)
-    judge = judge_of(args.judge or os.path.join(folder, "judge.pt"), images, device)
-    some = range(min(10000, images.train))
-    reference = features(judge, crop(images.read(some), images.size))
+    judge = judge_of(args.judge or os.path.join(folder, "judge.pt"), images, tokenizer)
+    reference, _ = reference_of(judge, tokenizer, images)
 
     def say(name, pictures, truth):
         f = features(judge, pictures)
@@ -200,7 +222,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
         print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
               f"Frechet distance {distance:.2f}{mixed}")
 
-    print(f"by the judge, beside {len(some)} training images:")
+    print(f"by the judge, beside {len(reference)} training images through the tokenizer:")
     say("held out", real, labels)
     say("held out, decoded", decoded, labels)
     wanted = torch.arange(SAMPLES) % len(classes)
@@ -233,7 +255,7 @@ def add_options(add):
     add("--temperature", type=ckgen.within(float, 0, 100), metavar="T", nargs="+",
         help="the same (default of both: the checkpoint's)")
     add("--judge", metavar="FILE", help="trained if it is not there (default: judge.pt beside the "
-        "checkpoint); one judge for several runs makes their distances comparable")
+        "checkpoint). Runs with one tokenizer can be compared by one judge")
     add("--seed", type=ckgen.within(int, 0, 2 ** 63 - 1), help="(default: the run's)")
     add("--data", metavar="DIR", help="where its pictures are now (default: where they were)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")

@@ -151,18 +151,17 @@ class Study:
     def judge(self):
         """What judges pictures."""
         iters = 20 if self.iters == 20 else None
-        return evaluate.judge_of(f"{self.folder}/judge.pt", self.images, DEVICE, iters)
+        tokenizer = self.load(FIRST)[1]
+        return evaluate.judge_of(f"{self.folder}/judge.pt", self.images, tokenizer, iters)
 
     @functools.cached_property
     def reference(self):
-        """Features and labels of 10,000 training images."""
-        some = range(min(10000, self.images.train))
-        pictures = train_tiny.crop(self.images.read(some), self.images.size)
-        return evaluate.features(self.judge, pictures), self.images.labels[some]
+        """Features of training images through the tokenizer, and their labels."""
+        return evaluate.reference_of(self.judge, self.load(FIRST)[1], self.images)
 
     def scores(self, pictures, labels):
         """Accuracy; Frechet distance; spread: the variance of features within the classes over that
-        of real images; of toy shapes also in how many two colours mix."""
+        of training images; of toy shapes also in how many two colours mix."""
         def spread(features, labels):
             return sum(features[labels == k].var(0).sum().item() for k in labels.unique())
 
@@ -202,9 +201,7 @@ class Study:
         """The same of held-out images, as they are and through the tokenizer."""
         keys = [(name, *[""] * 6) for name in ("real images", "decoded")]
         if keys[0] not in self.rows:
-            tokenizer, layout = self.load(FIRST)[1], self.layout(FIRST, 1)
-            codes = train_tiny.encode(tokenizer, self.held_out, layout.sizes)
-            decoded = evaluate.decode(tokenizer, codes, layout)
+            decoded = evaluate.reconstruct(self.load(FIRST)[1], self.held_out)
             for key, pictures in zip(keys, (self.held_out, decoded)):
                 self.keep(key, self.scores(pictures, self.labels))
         return [float(self.rows[key][quantity]) for key in keys]
@@ -322,8 +319,8 @@ def stacked(*rows):
 
 
 def title(study, quantity):
-    """What a plot shows, with what it is for real images."""
-    return "{} (real {:.2f}, decoded {:.2f})".format(quantity, *study.floors(quantity))
+    """What a plot shows, with its floor."""
+    return "{} (held out, decoded: {:.2f})".format(quantity, study.floors(quantity)[1])
 
 
 # Claims -------------------------------------------------------------------------------------------
@@ -386,15 +383,14 @@ def idea(study):
 
 def classes(study):
     """Eight samples of each class, or of a dozen classes, and as many held-out pictures decoded."""
-    tokenizer, layout, rows = study.load(FIRST)[1], study.layout(FIRST, 4), []
+    tokenizer, rows = study.load(FIRST)[1], []
     few = range(len(study.images.classes))[::math.ceil(len(study.images.classes) / 12)]
     options = ckgen.load(f"{study.folder}/{FIRST}/checkpoint.pt")[3]
     options.pop("steps")
     for label in few:
         drawn = study.draw(FIRST, 4, torch.full((8,), label), **options)
         real = study.held_out[study.labels == label][:8]
-        decoded = ckgen.decode_scale(tokenizer, train_tiny.encode(tokenizer, real, layout.sizes),
-                                     layout)
+        decoded = evaluate.reconstruct(tokenizer, real).permute(0, 2, 3, 1).numpy()
         rows.append([*drawn, np.full_like(drawn[0], 255), *decoded])
     rows = [np.stack(row) for row in rows]
     study.save("classes.png", labelled(rows, [study.images.classes[label] for label in few]))
