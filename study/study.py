@@ -248,8 +248,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # Okabe and I
 def labelled(rows, names, titles=()):
     """A picture_grid with names at its left and titles above. READMEs show it 830 pixels wide."""
     grid = ckgen.picture_grid(rows)
-    gap, font = grid.height / len(rows), grid.width / 38
-    left, top = round(10 * font), round(2 * font)
+    gap, font = grid.height / len(rows), grid.width / 40
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    left, top = round((longest + 2) * font / 2), round(2 * font) if titles else 0
     image = Image.new("RGB", (left + grid.width, top + grid.height), "white")
     image.paste(grid, (left, top))
     pen = ImageDraw.Draw(image)
@@ -383,17 +384,16 @@ def idea(study):
 
 def classes(study):
     """Eight samples of each class, or of a dozen classes, and as many held-out pictures decoded."""
-    tokenizer, rows = study.load(FIRST)[1], []
-    few = range(len(study.images.classes))[::math.ceil(len(study.images.classes) / 12)]
+    names = study.images.classes
+    few = torch.arange(len(names))[::math.ceil(len(names) / 12)]
     options = ckgen.load(f"{study.folder}/{FIRST}/checkpoint.pt")[3]
-    options.pop("steps")
-    for label in few:
-        drawn = study.draw(FIRST, 4, torch.full((8,), label), **options)
+    drawn = study.draw(FIRST, options.pop("steps"), few.repeat_interleave(8), **options)
+    rows = []
+    for label, samples in zip(few, np.split(drawn, len(few))):
         real = study.held_out[study.labels == label][:8]
-        decoded = evaluate.reconstruct(tokenizer, real).permute(0, 2, 3, 1).numpy()
-        rows.append([*drawn, np.full_like(drawn[0], 255), *decoded])
-    rows = [np.stack(row) for row in rows]
-    study.save("classes.png", labelled(rows, [study.images.classes[label] for label in few]))
+        decoded = evaluate.reconstruct(study.load(FIRST)[1], real).permute(0, 2, 3, 1)
+        rows.append(np.concatenate([samples, np.full_like(samples[:1], 255), decoded]))
+    study.save("classes.png", labelled(rows, [names[label] for label in few]))
 
 
 def steps(study):
@@ -494,7 +494,7 @@ CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, ste
                                               guidance, order)}
 
 
-def main(args):
+def do(args):
     """Do one claim or all."""
     study = Study(args.quick, args.data)
     every = ("idea", "classes", "steps", "entropy") if args.data else CLAIMS
@@ -502,9 +502,14 @@ def main(args):
         CLAIMS[claim](study)
 
 
-if __name__ == "__main__":
+def main(arguments=None):
+    """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", nargs="?", choices=CLAIMS, help="(default: all)")
     parser.add_argument("--data", metavar="DIR", help="a folder of pictures for each class")
     parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick-*")
-    parser.run(main, parser.parse_args())
+    parser.run(do, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

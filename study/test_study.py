@@ -47,6 +47,33 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluate, "SAMPLES", 64)
 
 
+# README ------------------------------------------------------------------------------------------
+
+def test_commands_and_code_of_the_readme(finished, tmp_path, monkeypatch, capsys):
+    """Every command of ours has options that exist; Python blocks run, and the first of them has
+    the scan order of ckgen.py."""
+    with open(f"{study.HOME}/README.md", encoding="utf8") as file:
+        text = file.read()
+    commands = re.findall(r"python3? ((?:study/)?(\w+)\.py[^`|\n]*)", text.replace("\\\n", ""))
+    ran, modules = [], {"ckgen": ckgen, "train_tiny": train_tiny}
+    monkeypatch.setattr(ckgen.Parser, "run", lambda *args: ran.append(args))
+    for command, name in commands:
+        module = modules.get(name) or globals().get(name)
+        if module:  # not another project's
+            module.main(command.removesuffix(" ...").split()[1:])
+    assert len(ran) > 12, commands
+    shutil.copytree(finished, tmp_path / "runs" / "toy-2x")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert capsys.readouterr().out.split("\n")[-2] in train_tiny.SHAPES
+    for size in range(1, 20):
+        ours = ckgen.progressive_checkerboard(size)
+        assert names["progressive_checkerboard"](size) == ours, size
+    assert [len(block) for block in names["blocks"]] == [16] * 16
+
+
 # Claims -------------------------------------------------------------------------------------------
 
 def test_orders_visit_all_cells_and_part_neighbours_differently():
