@@ -22,11 +22,13 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
     codes                        (B, L)         numbers 0 ... V-1 of the nearest code vectors
     z         z_s                (B, L, C)      the code vectors of these codes, of unit length
     z_up      z^up_{s-1}         (B, L, C)      z of the next coarser map, enlarged
-    cell      b_i, or b_s^i      (1+L,)         the cell whose code a token predicts
-    before    b_{i-1}            (1+L,)         the cell whose code it reads
+    cell      b_s^i              (1+L,)         of each token, the cell of b_i that it predicts
+    before    b_s^{i-1}          (1+L,)         of each token, the cell of b_{i-1} that it reads
     pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
-    alpha     alpha              (H,)           how much of a key's RoPE is that of b_i: rope_mix
+    alpha     alpha              (H,)           how much of a key's RoPE is that of b_i
 
+Codes, z and z_up lie in pyramid order: map after map, each row by row. Tokens and logits lie in
+layout order, that of drawing: codes[:, layout.cell[1:]] goes from the first to the second.
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, T tokens of
 one call; a map has n x n cells, the finest N x N. A sequence is 1 + L long: the class token comes
 first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none; where others write
@@ -62,8 +64,9 @@ from tqdm import tqdm
 def progressive_checkerboard(size):
     """Algorithm 1: all cells (x, y) of a size x size grid in scan order.
 
-    The order is balanced: after any number of cells, the quadrants of a quadrant hold equally many
-    visited cells, to within one, at every level. Any order of the four quadrants would do for that.
+    The order is balanced: after any number of cells, the four quarters of the grid hold equally
+    many of them, to within one, and so do the quarters of each quarter, and so on. Any order of the
+    four would do for that.
     This one visits diagonal quadrants first, so that half of the cells are a checkerboard, not
     stripes. A size that is not a power of two leaves out the cells that lie outside: of 3x3 cells,
     (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (1,2) (0,1) (2,1). Then quadrants that lie inside as a whole
@@ -107,7 +110,8 @@ def scale_sizes(grid, ratio):
 # 2. Layout: the token sequence (Sec. 3.1, Fig. 2) -------------------------------------------------
 #
 # A cell is an index 0 ... L-1 into the flattened pyramid: the maps one after the other, coarse to
-# fine, each row by row. Two indices are not cells. The RoPE table has a row for each: its last two.
+# fine, each row by row. Two indices are not cells; negative, they pick the last two rows of the
+# RoPE table, which are theirs.
 
 EMPTY = -1  # stands in for the previous block in the first block of a scale
 CLASS = -2  # the class token
@@ -119,10 +123,10 @@ class Layout:
     Training and sampling read this one table, so they cannot disagree.
 
     Block sizes differ by one at most, larger ones first (ours; the paper leaves it open). Token j
-    of a block reads cell j of the previous block (Eq. 1), which is never shorter. If it is longer,
-    nobody of its scale reads its last cell, nor any cell of a last block: Eq. 1 has no place for
-    them. They are seen by attention. Of a 4x4 map with P = 4, cells 0-15 row by row, step 1 draws
-    0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    of a block reads cell j of the previous block (Eq. 1). If that is one cell longer, no token
+    reads the extra cell, nor does any token read the last block of a scale: later tokens learn of
+    these codes from z_up of the next scale only. Of a 4x4 map with P = 4, cells 0-15 row by row,
+    step 1 draws 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
     No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from 1 to N * N,
     so that one model can sample with any P. The paper does not say how often each P is drawn;
@@ -225,9 +229,10 @@ def as_map(rows):
 
 
 def upsample(z, layout, scale):
-    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged. As
-    released it has unit length again, as all code vectors have: their mean is shorter than 1. The
-    first scale has no coarser map, and gets zeros, of which the model makes a learned constant."""
+    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged.
+    Interpolation averages unit vectors, and an average is shorter than 1, so it is normalised
+    again, as released. The first scale has no coarser map: zeros, of which the MLP makes a learned
+    constant."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
@@ -286,14 +291,14 @@ class Config:
 def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
-    A row holds d angles, one for each element of a head, as their cosines and sines: cos, sin, cos,
-    ..., in which order the released files have them. RoPE turns elements i and i + d/2 as a pair.
-    Both start with the same angle, which is a rotation. Training then changes each by itself, as
-    released: the table is learned, not computed.
+    A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... like the
+    released files. RoPE turns elements i and i + d/2 as a pair. A rotation needs the same angle for
+    both, and so they start (ours). Training may make them differ, as released.
 
-    7/16 of the angles grow with x, 7/16 with y, in cells of the finest map, 1/8 with the scale.
-    Frequencies are as released, from 1 to almost 1/N^2, and for the scale to 1/10, where scale k
-    lies at (k + 1) pi/2. The last two rows are those of CLASS and EMPTY: angle 0.
+    7/16 of the angles grow with x, 7/16 with y, 1/8 with the scale. x and y are those of a cell's
+    centre, in cells of the finest map (ours). Frequencies are as released, from 1 to almost 1/N^2,
+    and for the scale to 1/10, where scale k lies at (k + 1) pi/2. The last two rows are those of
+    CLASS and EMPTY, and start with angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -399,13 +404,13 @@ class Checkerboard(nn.Module):
         self.class_embeddings = nn.Embedding(config.classes + 1, D)      # the last row: no class
         self.embed_positions = nn.Embedding(L, D)                        # pos[.] of Eq. 1
         self.empty_token_pos = nn.Parameter(torch.zeros(D))              # pos[b_0]
-        self.empty_token_emb = nn.Parameter(torch.zeros(D))              # z[b_0]
+        self.empty_token_emb = nn.Parameter(torch.zeros(D))              # for MLP(z[b_0])
         self.embed_codevecs_mlp = nn.Sequential(                         # unfolds codes (Sec. 3.3)
             nn.Linear(C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha = 1/2
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha's logits
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)
@@ -430,8 +435,9 @@ class Checkerboard(nn.Module):
 
         A query is rotated by the position of the cell that it predicts. So is a key, but in the
         mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha
-        for each head, and this sum is not made a rotation again, as released. In the first block of
-        a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
+        for each head: its token carries the code of b_{i-1}, and can so be found where that lies.
+        The sum is not made a rotation again, as released. In the first block of a scale, b_{i-1} is
+        EMPTY; for the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -452,12 +458,12 @@ class Checkerboard(nn.Module):
 
     def inputs(self, z, z_up, layout, start, end):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), of z and z_up (B, L, C). Each is made
-        of four parts, in the released order; the paper's is 2, 4, 1, 3:
+        of four parts, in the released order (the paper has 2, 4, 1, 3; it only permutes W_proj):
 
-            pos[b_i]        where the cell lies that is predicted
-            z_up[b_i]       what the coarser map shows there
-            pos[b_{i-1}]    where the cell of the previous block lies
-            z[b_{i-1}]      its code vector
+            1  pos[b_i]        where the cell lies that is predicted
+            2  z_up[b_i]       what the coarser map shows there
+            3  pos[b_{i-1}]    where the cell of the previous block lies
+            4  z[b_{i-1}]      its code vector
         """
         cell, before = layout.cell[start:end], layout.before[start:end]
         pos = self.embed_positions.weight                                # (L, D)
@@ -481,13 +487,14 @@ class Checkerboard(nn.Module):
             cache = None if caches is None else caches[i]
             x = layer(x, modulations[i], q_rope[..., start:end, :], k_rope[..., start:end, :], mask,
                       cache, start)
-        x = x.to(self.norm.weight.dtype)  # float32: see for_sampling
+        # Norm and head stay in float32: guidance would multiply their rounding errors.
+        x = x.to(self.norm.weight.dtype)
         return self.lm_head(self.norm(x)).float()
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, given the true z (B, L, C), to logits (B, L, V) in the
-        order of layout.cell[1:]. noisy_z: another z to make z_up of, so that the model does not
-        trust the coarser map blindly (as released)."""
+        order of layout.cell[1:]. noisy_z: the z of codes of which some are replaced at random, to
+        make z_up of, so that the model does not trust the coarser map blindly (as released)."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -519,8 +526,8 @@ def draw(logits, temperature, generator=None):
 
 
 def guided_from(cfg_start, layout):
-    """The first step that is guided, counted from 0: cfg_start, or if there are no more steps than
-    that, half of them."""
+    """The first step that is guided, counted from 0: cfg_start. If there are no more steps than
+    that, half of them (ours): otherwise none would be guided."""
     steps = len(layout.steps)
     return cfg_start if cfg_start < steps else steps // 2
 
@@ -533,9 +540,10 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the
     entropies (B, L), in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
 
-    With known (B, L), the codes of some cells and -1 for the others: takes these instead of drawing
-    them, and returns codes and log_p alone. log_p (B,) adds up the log-probabilities of the known
-    codes, each given all codes of the steps before. Raises ValueError at temperature 0.
+    With known (B, L), the codes of some cells and -1 for the others (ours): takes these instead of
+    drawing them, and returns codes and log_p alone. log_p (B,) adds up the log-probabilities of the
+    known codes, guided, at this temperature, each given all codes of the steps before. Raises
+    ValueError at temperature 0, where they would be 0 or 1.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -565,7 +573,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         if cfg > 0:  # before cfg_start too: later steps attend to the unconditional half's cache
             x = torch.cat([x, x])                                           # (2B, T, D)
         if t == 0:
-            # The class token comes along with the first block, which it must not see: a mask.
+            # The class token comes along with the first block. It must not see it, hence a mask.
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
         else:
@@ -596,7 +604,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
     """`sample` for any number of labels (n,), 64 at a time: codes (n, L). It takes the options of
-    `sample` that add no result. A batch of 64 takes 4 GB of a GPU with the L model."""
+    `sample` that add no result. L's cache takes 3.6 GB of a GPU with guidance (counted)."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
@@ -615,7 +623,7 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
     """Pictures (B, h, w, 3), uint8, of one scale of the pyramids of codes (B, L)."""
     codes = codes[:, layout.scales[scale]]
     side = layout.sizes[scale] * tokenizer.config.stride
-    pictures = np.empty((len(codes), side, side, 3), np.uint8)  # 50,000 of 256 pixels: 10 GB, once
+    pictures = np.empty((len(codes), side, side, 3), np.uint8)  # all at once: 10 GB for 50,000
     for start in range(0, len(codes), 16):
         part = codes[start:start + 16]
         pictures[start:start + 16] = to_uint8(tokenizer.decode_codes(part))
