@@ -66,11 +66,10 @@ def progressive_checkerboard(size):
 
     The order is balanced: after any number of cells, the four quarters of the grid hold equally
     many of them, to within one, and so do the quarters of each quarter, and so on. Any order of the
-    four would do for that.
-    This one visits diagonal quadrants first, so that half of the cells are a checkerboard, not
-    stripes. A size that is not a power of two leaves out the cells that lie outside: of 3x3 cells,
-    (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (1,2) (0,1) (2,1). Then quadrants that lie inside as a whole
-    are balanced. Raises ValueError if size < 1.
+    four would do for that; this one visits diagonal ones first, so that half of the cells are a
+    checkerboard, not stripes. A size that is not a power of two leaves out the cells that lie
+    outside: of 3x3 cells, (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (1,2) (0,1) (2,1). Then quadrants
+    that lie inside as a whole are balanced. Raises ValueError if size < 1.
 
     It needs no import: copy it. np.array_split(order, P) gives the blocks.
     """
@@ -859,7 +858,7 @@ def our_names(tensors, of_tokenizer):
 
 def released_config(tensors):
     """The Config of a released transformer. A file does not say the sides of the maps, but how many
-    cells they have in all; of the pyramids that were trained, no two have the same number."""
+    cells they have in all. Of the pyramids below, no two have the same number."""
     length, width = tensors["embed_positions.weight"].shape
     pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in (2, 4, 3, 2 ** 0.5, 1)]
     return Config(

@@ -489,9 +489,8 @@ class Images:
             self.paths = [os.path.join(folder, name) for name in names]
             self.labels = torch.from_numpy(labels)
             self.classes = class_names(folder, classes.tolist())
-            if size < 64:
-                self.views, self.side = [4, 9], size
-            else:
+            self.views, self.side = [4, 9], size
+            if size >= 64:
                 self.views, self.side = range(10), round(size * 281 / 256)  # 281: as released
             identity = "\n".join(f"{name} {pictures[name]}" for name in names)
         self.fingerprint = checksum(identity)
@@ -734,7 +733,7 @@ def make_run(options, out, P, device, dtype):
     run.defaults = {"steps": P or 4, "cfg": 1.5, "temperature": 1.0}
     if not run.data:  # more guidance mixes the colours of toy shapes
         run.defaults |= {"cfg": 0.5, "temperature": 0.5}
-    elif run.config == "tiny":  # the best of a sweep on CIFAR-10, by study/evaluate.py
+    elif run.config == "tiny":  # a sweep on CIFAR-10 by study/evaluate.py
         run.defaults |= {"cfg": 1.0, "temperature": 0.85}
     return run
 

@@ -249,7 +249,8 @@ def compare(args):
     """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
     sampling, at several temperatures. Writes coarse.csv and coarse.png, by study.py's rules."""
     study = Study(args.quick, args.data)
-    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE) % 8
+    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE)
+    labels %= len(study.images.classes)
     if study.data:
         name, choices = str(FIRST), (0, 256)
         network, tokenizer = study.load(FIRST)
@@ -343,7 +344,7 @@ def main(arguments=None):
 
     add = commands.add_parser("compare", help="compare with plain models").add_argument
     add("--data", metavar="DIR", help="pictures, as in study.py (default: toy shapes)")
-    add("--quick", action="store_true", help="hardly any training, in runs/quick")
+    add("--quick", action="store_true", help="hardly any training, in runs/quick-*")
 
     args = parser.parse_args(arguments)
     work = {"train": train, "draw": draw, "evaluate": judge, "compare": compare}[args.command]

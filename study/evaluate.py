@@ -194,7 +194,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
 
     # Tokenizer and losses.
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
-    decoded = reconstruct(tokenizer, real)
+    decoded = decode(tokenizer, codes, layout)
     print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {V} codes in use")
     print("held-out loss, nats a token: all, then maps", *sizes)

@@ -103,9 +103,10 @@ class Study:
         if data:
             self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 100
         self.iters, self.n = train_tiny.PICTURES["iters"] if data else 1150, 2000
+        self.judge_iters = None
         if quick:
             self.folder = self.figures = f"{HOME}/runs/quick-{name}"
-            self.iters, self.n, self.seeds = 20, 64, (0,)
+            self.iters, self.n, self.seeds, self.judge_iters = 20, 64, (0,), 20
         self.locked = train_tiny.lock(self.folder)
         self.held_out, self.labels = self.images.held_out(self.n)
         self.rows = {}
@@ -150,9 +151,8 @@ class Study:
     @functools.cached_property
     def judge(self):
         """What judges pictures."""
-        iters = 20 if self.iters == 20 else None
-        tokenizer = self.load(FIRST)[1]
-        return evaluate.judge_of(f"{self.folder}/judge.pt", self.images, tokenizer, iters)
+        path, tokenizer = f"{self.folder}/judge.pt", self.load(FIRST)[1]
+        return evaluate.judge_of(path, self.images, tokenizer, self.judge_iters)
 
     @functools.cached_property
     def reference(self):
@@ -267,7 +267,9 @@ def board(n, before, now, side):
     pen, cell = ImageDraw.Draw(image), side / n
     for number in range(n * n):
         y, x = divmod(number, n)
-        colour = COLOURS[1] if number in now else COLOURS[0] if number in before else "#e4e4e4"
+        colour = COLOURS[0] if number in before else "#e4e4e4"
+        if number in now:
+            colour = COLOURS[1]
         pen.rectangle([x * cell, y * cell, (x + 1) * cell - 2, (y + 1) * cell - 2], colour)
     return image
 
@@ -371,7 +373,7 @@ def progress(study):
 
 def idea(study):
     """Samples with more and more steps, and with maps before."""
-    rows, names, labels = [], [], torch.arange(8)
+    rows, names, labels = [], [], torch.arange(8) % len(study.images.classes)
     for scale, P in (("1", 1), ("1", 4), ("1", 64), ("4", 4), ("2", 4)):
         steps = len(study.layout(Model(scale), P).steps)
         quantity = "distance" if study.data else "two colours"
@@ -379,7 +381,7 @@ def idea(study):
         said = f"{number:.1f}" if study.data else f"{number:.0%}"
         rows.append(study.draw(Model(scale), P, labels))
         names.append(f"{SCALES[scale]}\n{steps} step{'s' * (steps > 1)}\n{quantity} {said}")
-    study.save("idea.png", labelled(rows, names, study.images.classes))
+    study.save("idea.png", labelled(rows, names, [study.images.classes[k] for k in labels]))
 
 
 def classes(study):
@@ -496,8 +498,10 @@ CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, ste
 
 def do(args):
     """Do one claim or all."""
-    study = Study(args.quick, args.data)
     every = ("idea", "classes", "steps", "entropy") if args.data else CLAIMS
+    if args.claim and args.claim not in every:
+        raise ValueError(f"{args.claim}: on toy shapes only")
+    study = Study(args.quick, args.data)
     for claim in [args.claim] if args.claim else every:
         CLAIMS[claim](study)
 
