@@ -2,8 +2,8 @@
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, ... NxN. A
-transformer draws the maps from coarse to fine. Each map takes at most P steps, and never more steps
-than it has cells. Step i of a map draws block b_i, a set of cells that are spread evenly over the
+transformer draws the maps from coarse to fine. Each map takes P steps, or one for each cell if it
+has fewer than P. Step i of a map draws block b_i, a set of cells that are spread evenly over the
 map, all at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
@@ -12,7 +12,7 @@ map, all at once.
     Sec. 3.3                   codes, code vectors, latents   Tokenizer
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3, Eq. 1       z_up, inputs, AdaLN, loss      upsample, Checkerboard, loss_by_scale
-    Sec. 3.1, 4.1, 4.5         sampling, guidance, entropy    sample
+    Sec. 3.1, 4.1              sampling, guidance             sample
     Fig. 1                     what each step adds            progress_frames
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
@@ -29,11 +29,12 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
 
 Codes, z and z_up lie in pyramid order: map after map, each row by row. Tokens and logits lie in
 layout order, that of drawing: codes[:, layout.cell[1:]] goes from the first to the second.
-B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, T tokens of
-one call; a map has n x n cells, the finest N x N. A sequence is 1 + L long: the class token comes
-first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none; where others write
-uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the author's released models do
-where the paper leaves it open or says otherwise, "ours" what is chosen here.
+B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
+each map, T tokens of one call; a map has n x n cells, the finest N x N. A sequence is 1 + L long:
+the class token comes first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none;
+where others write uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the author's
+released models do where the paper leaves it open or says otherwise, "ours" what is chosen here.
+Parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
@@ -64,14 +65,12 @@ from tqdm import tqdm
 def progressive_checkerboard(size):
     """Algorithm 1: all cells (x, y) of a size x size grid in scan order.
 
-    The order is balanced: after any number of cells, the four quarters of the grid hold equally
-    many of them, to within one, and so do the quarters of each quarter, and so on. Any order of the
-    four would do for that; this one visits diagonal ones first, so that half of the cells are a
-    checkerboard, not stripes. A size that is not a power of two leaves out the cells that lie
-    outside: of 3x3 cells, (0,0) (2,2) (2,0) (0,2) (1,1) (1,0) (1,2) (0,1) (2,1). Then quadrants
-    that lie inside as a whole are balanced. Raises ValueError if size < 1.
-
-    It needs no import: copy it. np.array_split(order, P) gives the blocks.
+    The order is balanced: after any number of cells, the four quadrants of the grid hold equally
+    many of them, to within one, and so do the quadrants of each quadrant, and so on. Any order of
+    the four would do for that; this one visits diagonal ones first, so that the first half of the
+    cells is a checkerboard, not stripes. A size that is not a power of two leaves out the cells
+    that lie outside; then only quadrants that lie wholly inside are balanced. Raises ValueError if
+    size < 1. It needs no import: copy it. np.array_split(order, P) gives the blocks.
     """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
@@ -109,8 +108,8 @@ def scale_sizes(grid, ratio):
 # 2. Layout: the token sequence (Sec. 3.1, Fig. 2) -------------------------------------------------
 #
 # A cell is an index 0 ... L-1 into the flattened pyramid: the maps one after the other, coarse to
-# fine, each row by row. Two indices are not cells; negative, they pick the last two rows of the
-# RoPE table, which are theirs.
+# fine, each row by row. EMPTY and CLASS are not cells. As negative indices they pick the last two
+# rows of the RoPE table, which are theirs.
 
 EMPTY = -1  # stands in for the previous block in the first block of a scale
 CLASS = -2  # the class token
@@ -119,17 +118,16 @@ CLASS = -2  # the class token
 class Layout:
     """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks.
 
-    Training and sampling read this one table, so they cannot disagree.
+    Training and sampling both read this table, so they cannot disagree.
 
-    Block sizes differ by one at most, larger ones first (ours; the paper leaves it open). Token j
-    of a block reads cell j of the previous block (Eq. 1). If that is one cell longer, no token
-    reads the extra cell, nor does any token read the last block of a scale: later tokens learn of
-    these codes from z_up of the next scale only. Of a 4x4 map with P = 4, cells 0-15 row by row,
-    step 1 draws 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    If P does not divide n * n, block sizes differ by one, larger ones first (ours). Token j of a
+    block reads cell j of the previous block (Eq. 1). If that is one cell longer, no token reads the
+    extra cell, nor does any token read the last block of a scale: later tokens learn of these codes
+    from z_up of the next scale only. Of a 4x4 map with P = 4, cells 0-15 row by row, step 1 draws
+    0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
-    No parameter depends on P. Training draws a new P for every batch (Sec. 3.1), from 1 to N * N,
-    so that one model can sample with any P. The paper does not say how often each P is drawn;
-    draw_batch in train_tiny.py says how ours are.
+    No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
+    with any P. How often which one: see draw_batch in train_tiny.py.
     """
 
     def __init__(self, sizes, P, device="cpu"):
@@ -227,22 +225,10 @@ def as_map(rows):
     return rows.transpose(1, 2).unflatten(2, (n, n))
 
 
-def upsample(z, layout, scale):
-    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged.
-    Interpolation averages unit vectors, and an average is shorter than 1, so it is normalised
-    again, as released. The first scale has no coarser map: zeros, of which the MLP makes a learned
-    constant."""
-    if scale == 0:
-        return torch.zeros_like(z[:, layout.scales[0]])
-    n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
-    up = F.interpolate(as_map(coarser), (n, n), mode="bilinear", align_corners=False)
-    return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside the identity: (B, c_in, h, w) to (B, c_out, h, w)."""
 
-    def __init__(self, c_in, c_out, norm=nn.Identity):
+    def __init__(self, c_in, c_out, norm=nn.Identity):  # nn.Identity ignores its arguments
         super().__init__()
         self.norm1 = norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -279,7 +265,7 @@ class Config:
     layers: int = 4
     heads: int = 4          # H
     ffn: int = 384          # three times the width, as released
-    mixing_layers: int = 2  # RoPE mixing in the first layers only (it gains nothing, Sec. 4.4)
+    mixing_layers: int = 2  # RoPE mixing in the first layers, as released (no gain: Sec. 4.4)
 
     @property
     def length(self):
@@ -290,29 +276,30 @@ class Config:
 def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
-    A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... like the
-    released files. RoPE turns elements i and i + d/2 as a pair. A rotation needs the same angle for
-    both, and so they start (ours). Training may make them differ, as released.
+    A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
+    released. RoPE turns elements i and i + d/2 as a pair. Both start with the same angle, which
+    makes it a rotation (ours). Training may part them, as released.
 
     7/16 of the angles grow with x, 7/16 with y, 1/8 with the scale. x and y are those of a cell's
-    centre, in cells of the finest map (ours). Frequencies are as released, from 1 to almost 1/N^2,
-    and for the scale to 1/10, where scale k lies at (k + 1) pi/2. The last two rows are those of
-    CLASS and EMPTY, and start with angle 0.
+    centre, in cells of the finest map (ours). Frequencies are as released: of k pairs, the i-th has
+    N^(-2i/k), or for the scale, of which map m has coordinate (m + 1) pi/2, 10^(-i/k). The last two
+    rows are those of CLASS and EMPTY, and start with angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
     y_pairs = pairs - scale_pairs - x_pairs
 
-    def turn(position, count, base):
+    def angles_of(position, count, base):
         return position[..., None] * base ** -(torch.arange(count) / count)
 
     rows = []
-    for k, n in enumerate(sizes):
+    for m, n in enumerate(sizes):
         centre = (torch.arange(n) + 0.5) * N / n                         # (n,), in cells of N x N
         y, x = torch.meshgrid(centre, centre, indexing="ij")             # (n, n)
-        scale = torch.full((n, n), (k + 1) * math.pi / 2)
-        angles = [turn(x, x_pairs, N * N), turn(y, y_pairs, N * N), turn(scale, scale_pairs, 10)]
+        depth = torch.full((n, n), (m + 1) * math.pi / 2)
+        angles = [angles_of(x, x_pairs, N * N), angles_of(y, y_pairs, N * N),
+                  angles_of(depth, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
     angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
@@ -337,7 +324,8 @@ class Attention(nn.Module):
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. Without a mask,
-        all see all. cache (2, B, H, 1+L, d): earlier tokens' keys and values; stores these too."""
+        all see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values; these are added.
+        """
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
@@ -393,8 +381,20 @@ class Layer(nn.Module):
 
 # 5. The model (Sec. 3.1, Fig. 2) ------------------------------------------------------------------
 
+def upsample(z, layout, scale):
+    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
+    bilinearly as released. This averages unit vectors, and an average is shorter than 1, so it is
+    normalised again, as released. The first scale has no coarser map: zeros, of which the MLP makes
+    a learned constant."""
+    if scale == 0:
+        return torch.zeros_like(z[:, layout.scales[0]])
+    n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
+    up = F.interpolate(as_map(coarser), (n, n), mode="bilinear", align_corners=False)
+    return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
+
+
 class Checkerboard(nn.Module):
-    """The multiscale blockwise checkerboard autoregressor. Parameters have the released names."""
+    """The multiscale blockwise checkerboard autoregressor."""
 
     def __init__(self, config):
         super().__init__()
@@ -434,7 +434,7 @@ class Checkerboard(nn.Module):
 
         A query is rotated by the position of the cell that it predicts. So is a key, but in the
         mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha
-        for each head: its token carries the code of b_{i-1}, and can so be found where that lies.
+        for each head: its token carries the code of b_{i-1}, so queries can find it at that cell.
         The sum is not made a rotation again, as released. In the first block of a scale, b_{i-1} is
         EMPTY; for the class token, both are CLASS.
         """
@@ -459,18 +459,18 @@ class Checkerboard(nn.Module):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), of z and z_up (B, L, C). Each is made
         of four parts, in the released order (the paper has 2, 4, 1, 3; it only permutes W_proj):
 
-            1  pos[b_i]        where the cell lies that is predicted
-            2  z_up[b_i]       what the coarser map shows there
-            3  pos[b_{i-1}]    where the cell of the previous block lies
-            4  z[b_{i-1}]      its code vector
+            1  pos[b_i]             where the cell lies that is predicted
+            2  MLP(z_up[b_i])       what the coarser map shows there
+            3  pos[b_{i-1}]         where the cell of the previous block lies
+            4  MLP(z[b_{i-1}])      its code vector
         """
         cell, before = layout.cell[start:end], layout.before[start:end]
         pos = self.embed_positions.weight                                # (L, D)
         pos_here = pos[cell].expand(len(z), -1, -1)                      # (B, T, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))
 
-        # In a first block, learned constants stand for pos and z of b_0. Until torch.where puts
-        # them in, the index EMPTY reads the last cell.
+        # In a first block, learned constants stand for parts 3 and 4. There the index EMPTY reads
+        # the last cell, and torch.where replaces what it read.
         first_block = (before == EMPTY)[:, None]                         # (T, 1)
         pos_before = torch.where(first_block, self.empty_token_pos, pos[before])
         pos_before = pos_before.expand(len(z), -1, -1)                   # (B, T, D)
@@ -486,14 +486,13 @@ class Checkerboard(nn.Module):
             cache = None if caches is None else caches[i]
             x = layer(x, modulations[i], q_rope[..., start:end, :], k_rope[..., start:end, :], mask,
                       cache, start)
-        # Norm and head stay in float32: guidance would multiply their rounding errors.
-        x = x.to(self.norm.weight.dtype)
+        x = x.to(self.norm.weight.dtype)  # float32 when sampling, see for_sampling
         return self.lm_head(self.norm(x)).float()
 
     def forward(self, z, labels, layout, noisy_z=None):
-        """Training: all tokens in one pass, given the true z (B, L, C), to logits (B, L, V) in the
-        order of layout.cell[1:]. noisy_z: the z of codes of which some are replaced at random, to
-        make z_up of, so that the model does not trust the coarser map blindly (as released)."""
+        """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
+        order of layout.cell[1:]. z_up is made of noisy_z, the z of codes of which some are replaced
+        at random, so that the model does not trust the coarser map blindly (as released)."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -504,8 +503,8 @@ class Checkerboard(nn.Module):
 
 def loss_by_scale(logits, codes, layout):
     """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is trained
-    (Sec. 3.1), then each scale's mean. All tokens count alike, so that the finest map makes up
-    three quarters of the loss at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
+    (Sec. 3.1), then each scale's mean. All tokens count alike, so that the finest map has three
+    quarters of the weight at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
@@ -513,7 +512,7 @@ def loss_by_scale(logits, codes, layout):
     return torch.stack([losses.mean(), *(losses[at].mean() for at in layout.scales)])
 
 
-# 6. Sampling (Sec. 3.1, 4.1, 4.5) -----------------------------------------------------------------
+# 6. Sampling (Sec. 3.1, 4.1) ----------------------------------------------------------------------
 
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
@@ -527,32 +526,25 @@ def draw(logits, temperature, generator=None):
 def guided_from(cfg_start, layout):
     """The first step that is guided, counted from 0: cfg_start. If there are no more steps than
     that, half of them (ours): otherwise none would be guided."""
-    steps = len(layout.steps)
-    return cfg_start if cfg_start < steps else steps // 2
+    total = len(layout.steps)
+    return cfg_start if cfg_start < total else total // 2
 
 
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
-           return_entropy=False, known=None):
+           choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook is (V, C). The first cfg_start steps are not guided, for the sake of diversity: five
-    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). With return_entropy: also the
-    entropies (B, L), in nats, of softmax(logits), guided, before the temperature (Sec. 4.5).
-
-    With known (B, L), the codes of some cells and -1 for the others (ours): takes these instead of
-    drawing them, and returns codes and log_p alone. log_p (B,) adds up the log-probabilities of the
-    known codes, guided, at this temperature, each given all codes of the steps before. Raises
-    ValueError at temperature 0, where they would be 0 or 1.
+    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). If choose is given, it takes the
+    place of `draw`: it makes codes (B, T) of guided logits (B, T, V) and the cells (T,).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
     # Prepare.
-    if known is not None and temperature == 0:
-        raise ValueError("known codes need a temperature above 0")
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
-    if cfg > 0:  # every tensor of the model holds the batch twice: with its classes, and without
+    if cfg > 0:  # labels, tokens and caches hold the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
     cfg_start = guided_from(cfg_start, layout)
     class_token, modulations = model.embed_class(labels)
@@ -560,19 +552,17 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     codebook = codebook.to(class_token.dtype)
     caches = class_token.new_empty(len(model.layers), 2, len(labels), H, 1 + L, d)
     codes = torch.zeros(B, L, dtype=torch.long, device=labels.device)
-    entropies = torch.zeros(B, L, device=labels.device)
-    log_p = torch.zeros(B, device=labels.device)
     z = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(z)
     for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0, as cfg_start does
-        # Forward.
+        # Forward. z_up is the same in all steps of a scale.
         cell = layout.cell[start:end]                                       # (T,)
         z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
         x = model.inputs(z, z_up, layout, start, end)                       # (B, T, D)
         if cfg > 0:  # before cfg_start too: later steps attend to the unconditional half's cache
             x = torch.cat([x, x])                                           # (2B, T, D)
         if t == 0:
-            # The class token comes along with the first block. It must not see it, hence a mask.
+            # The class token comes along with the first block, and must not see it: hence a mask.
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
         else:
@@ -585,49 +575,14 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             w = cfg if t >= cfg_start else 0
             logits = cond + w * (cond - uncond)
 
-        # Draw, or take what is known.
-        drawn = draw(logits, temperature, generator)                        # (B, T)
-        if known is not None:
-            given = known[:, cell]
-            drawn = torch.where(given < 0, drawn, given)
-            log_p -= F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
-                                     reduction="none").sum(1)
-        codes[:, cell] = drawn
+        # Draw.
+        drawn = choose(logits, cell) if choose else draw(logits, temperature, generator)
+        codes[:, cell] = drawn                                              # (B, T)
         z[:, cell] = codebook[drawn]
-        if return_entropy:
-            entropies[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
-    if known is not None:
-        return codes, log_p
-    return (codes, entropies) if return_entropy else codes
-
-
-def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """`sample` for any number of labels (n,), 64 at a time: codes (n, L). It takes the options of
-    `sample` that add no result. L's cache takes 3.6 GB of a GPU with guidance (counted)."""
-    options["generator"] = torch.Generator(labels.device).manual_seed(seed)
-    codebook = tokenizer.codebook()
-    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
-    return torch.cat([sample(model, codebook, part, layout, **options) for part in parts])
+    return codes
 
 
 # 7. Pictures (Fig. 1) -----------------------------------------------------------------------------
-
-def to_uint8(images):
-    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
-    values = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return values.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def decode_scale(tokenizer, codes, layout, scale=-1):
-    """Pictures (B, h, w, 3), uint8, of one scale of the pyramids of codes (B, L)."""
-    codes = codes[:, layout.scales[scale]]
-    side = layout.sizes[scale] * tokenizer.config.stride
-    pictures = np.empty((len(codes), side, side, 3), np.uint8)  # all at once: 10 GB for 50,000
-    for start in range(0, len(codes), 16):
-        part = codes[start:start + 16]
-        pictures[start:start + 16] = to_uint8(tokenizer.decode_codes(part))
-    return pictures
-
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
@@ -639,15 +594,15 @@ def progress_frames(tokenizer, z, layout):
         drawn = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
         drawn[layout.cell[1:end]] = True
         z_up = upsample(z, layout, scale)
-        known = torch.where(drawn[at, None], z[:, at], z_up)                # (B, n*n, C)
-        image = torch.cat([tokenizer.decode(part) for part in as_map(known).split(16)])
+        seen = torch.where(drawn[at, None], z[:, at], z_up)                 # (B, n*n, C)
+        image = torch.cat([tokenizer.decode(part) for part in as_map(seen).split(16)])
         image = F.interpolate(image, (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
         frames.append(to_uint8(image * shown))                              # 0 is grey
     return frames
 
 
-# A reader of the paper can stop here. The rest: VQGAN, files, command line.
+# A reader of the paper can stop here. The rest: VQGAN, files, many images, command line.
 
 # Appendix A. LlamaGen's VQGAN [36], the paper's tokenizer, under its released names ---------------
 
@@ -883,7 +838,33 @@ def released_tokenizer_config(tensors):
                            len(blocks) // len(channels))
 
 
-# Appendix C. Command line -------------------------------------------------------------------------
+# Appendix C. Many images, and the command line ----------------------------------------------------
+
+def generate(model, tokenizer, labels, layout, seed=0, **options):
+    """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). L's
+    cache takes 3.6 GB of a GPU with guidance (counted)."""
+    options["generator"] = torch.Generator(labels.device).manual_seed(seed)
+    codebook = tokenizer.codebook()
+    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
+    return torch.cat([sample(model, codebook, part, layout, **options) for part in parts])
+
+
+def to_uint8(images):
+    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
+    values = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return values.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def decode_scale(tokenizer, codes, layout, scale=-1):
+    """Pictures (B, h, w, 3), uint8, of one scale of the pyramids of codes (B, L)."""
+    codes = codes[:, layout.scales[scale]]
+    side = layout.sizes[scale] * tokenizer.config.stride
+    pictures = np.empty((len(codes), side, side, 3), np.uint8)  # all at once: 10 GB for 50,000
+    for start in range(0, len(codes), 16):
+        part = codes[start:start + 16]
+        pictures[start:start + 16] = to_uint8(tokenizer.decode_codes(part))
+    return pictures
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line of printable text."""

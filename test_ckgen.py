@@ -118,6 +118,17 @@ def guided_logits(model, codebook, codes, labels, layout, cfg, cfg_start):
     return logits
 
 
+def sample_with_entropies(model, codebook, labels, layout, cfg, cfg_start=5):
+    """The likeliest codes, and the entropies (B, L) of what they were chosen by (Sec. 4.5)."""
+    entropies = torch.zeros(len(labels), model.config.length)
+
+    def choose(logits, cell):
+        entropies[:, cell] = torch.distributions.Categorical(logits=logits).entropy()
+        return logits.argmax(-1)
+
+    return sample(model, codebook, labels, layout, cfg, cfg_start, choose=choose), entropies
+
+
 @ratios
 def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
     """Without and with guidance, from its step on; with RoPE mixing in no, some, or all layers."""
@@ -125,34 +136,13 @@ def test_one_pass_over_the_drawn_codes_gives_what_cached_sampling_saw(ratio):
         model, layout, _, labels, codebook = example(scale_sizes(5, ratio),
                                                      mixing_layers=mixing_layers)
         ckgen.for_sampling(model, float32)
-        codes, entropies = sample(model, codebook, labels, layout, cfg, 2, temperature=0,
-                                  return_entropy=True)
+        codes, entropies = sample_with_entropies(model, codebook, labels, layout, cfg, 2)
         cell = layout.cell[1:]
         logits = guided_logits(model, codebook, codes, labels, layout, cfg, 2)
         assert equal(logits.argmax(-1), codes[:, cell]), (cfg, mixing_layers)
         entropy = torch.distributions.Categorical(logits=logits).entropy()
         close(entropies[:, cell], entropy, 1e-4)
-
-
-@ratios
-def test_known_codes_are_taken_and_have_the_probability_of_one_pass(ratio):
-    """Guided, and at a temperature. If none is known, the draws are those of `sample` without."""
-    model, layout, codes, labels, codebook = example(scale_sizes(5, ratio))
-    for share, cfg in product((0, 0.5, 1), (0, 1.5)):
-        known = codes.where(torch.rand(codes.shape) < share, -1)
-        given, cell = known >= 0, layout.cell[1:]
-        options = dict(cfg=cfg, cfg_start=2, temperature=0.7)
-        drawn, log_p = sample(model, codebook, labels, layout, known=known,
-                              generator=torch.Generator(), **options)
-        assert equal(drawn[given], known[given]), (share, cfg)
-        logits = guided_logits(model, codebook, drawn, labels, layout, cfg, 2) / 0.7
-        log_p_of_cells = logits.log_softmax(-1).gather(2, drawn[:, cell, None])[..., 0]
-        close(log_p, (log_p_of_cells * given[:, cell]).sum(1), 1e-3)
-        if share == 0:
-            assert equal(drawn, sample(model, codebook, labels, layout,
-                                       generator=torch.Generator(), **options))
-    with pytest.raises(ValueError, match="temperature"):
-        sample(model, codebook, labels, layout, temperature=0, known=known)
+        assert equal(codes, sample(model, codebook, labels, layout, cfg, 2, temperature=0))
 
 
 def test_guidance_has_an_effect_however_few_steps_there_are():
@@ -288,8 +278,7 @@ def test_released_model_number_for_number():
         close(torch.stack(by_scale), golden[f"tf_loss_by_scale_P{P}"], 1e-4)
     for (guidance, cfg), P in product((("cfg0", 0), ("cfg1p5", 1.5)), (4, 8)):
         layout, name = Layout(sizes, P), f"am_{guidance}_P{P}"
-        drawn, entropies = sample(model, codebook, labels, layout, cfg, temperature=0,
-                                  return_entropy=True)
+        drawn, entropies = sample_with_entropies(model, codebook, labels, layout, cfg)
         assert equal(drawn, pyramid(f"{name}_tokens")), name
         close(entropies, pyramid(f"{name}_entropy"), 1e-3)
         pictures = torch.from_numpy(ckgen.decode_scale(tokenizer, drawn, layout)).movedim(-1, 1)
@@ -400,10 +389,10 @@ def test_five_batches_or_four_parts_give_the_weights_of_one_batch(tmp_path, monk
     """But for rounding. Batches are accumulated after an epoch: here of one step."""
     weights, sgd = [], functools.partial(torch.optim.SGD, lr=0)  # AdamW multiplies the rounding
     monkeypatch.setattr(train_tiny, "make_optimizers", lambda model, run: [sgd(model.parameters())])
-    for batch, after, parts in ((20, 9, 1), (20, 9, 4), (4, 0, 2)):
-        monkeypatch.setattr(train_tiny, "parts_that_fit", lambda *rest: parts)
+    for batch, last_batches, at_once in ((20, (), 20), (20, (), 6), (4, (0, 5), 2)):
+        monkeypatch.setattr(train_tiny, "images_that_fit", lambda *rest: at_once)
         model = train_on(example(B=16)[2], tmp_path, iters=4, epochs=4, lr=2.0, width=32,
-                         batch_size=batch, accumulate_from=after)
+                         batch_size=batch, last_batches=last_batches)
         weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
     close(torch.stack(weights[1:]), weights[0].expand(2, -1))
     assert not equal(*weights[:2]), "they were not computed in parts"
@@ -414,15 +403,15 @@ def test_codebook_follows_its_latents_and_revives_unused_codes():
     tokenizer.codebook_weight = torch.cat([centres + 0.1 * torch.randn(8, 8), -centres])  # 8 lost
     for _ in range(600):
         latents = F.normalize(centres.repeat(8, 1) + 0.02 * torch.randn(64, 8))
-        codes = (latents @ tokenizer.codebook().T).argmax(-1)
-        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator(), 64)
+        latents = latents.T.view(1, 8, 8, 8)
+        train_tiny.update_codebook(tokenizer, latents, torch.Generator(), 64)
     alike = tokenizer.codebook() @ centres.T                                # (16, 8)
     assert min(alike.amax(1).min(), alike.amax(0).min()) > 0.99, alike
-    for size in [1, 16] * 300:  # maps of one code each: in a refit they count alike
-        codes = torch.full((size * size,), size % 16)
-        latents = tokenizer.codebook()[codes]
-        train_tiny.update_codebook(tokenizer, latents, codes, torch.Generator(), len(codes))
-    close(tokenizer.codebook_weight[:2].norm(dim=-1), torch.full((2,), 0.5), 0.01)
+    two = random_tokenizer(2)
+    for size in [1, 2] * 300:  # maps of one code each: in a refit they count alike
+        latents = two.codebook()[size - 1].view(1, 8, 1, 1).expand(-1, -1, size, size)
+        train_tiny.update_codebook(two, latents, torch.Generator(), size * size)
+    close(two.codebook_weight.norm(dim=-1), torch.full((2,), 0.5), 0.01)
 
 
 @pytest.mark.parametrize("name, number", [
@@ -1085,9 +1074,9 @@ def test_the_commands_on_a_card(card, native, tmp_path, monkeypatch, capsys):
         assert model.norm.weight.dtype == model.lm_head.weight.dtype == float32
 
 
-def test_the_parts_of_a_batch_fit_into_the_memory_of_the_card(card):
+def test_a_small_card_takes_fewer_images_at_once(card):
     run = argparse.Namespace(**PAPER["L"], device=torch.device("cuda", 0), dtype=bfloat16)
     config, parts = Config(scale_sizes(16, 2), 1000, 4096), []
     for card.memory in (2 ** 37, 2 ** 35, 2 ** 34, 2 ** 33, 0):
-        parts.append(train_tiny.parts_that_fit(run, config))
-    assert parts == sorted({*parts}) and parts[0] == 1 and not any(64 % n for n in parts), parts
+        parts.append(train_tiny.images_that_fit(run, config))
+    assert parts == sorted({*parts})[::-1] and parts[0] == 64 and parts[-1] == 1, parts

@@ -61,24 +61,34 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 # S and L are the paper's (Sec. 4.1). With a VQGAN they train for its epochs, otherwise for
 # `iters` steps; warm-up and drops keep their share of the run.
 
-RECIPES = {
-    "tiny": dict(width=128, layers=4, heads=4, ffn=384, image_size=32, codes=256, batch_size=16,
-                 tokenizer_iters=1500, tokenizer_batch=16, iters=1150, replace_codes=0.0, lr=6e-3,
-                 muon=5.0,  # Muon's learning rate over AdamW's. It learns more in a few minutes.
-                 epochs=0, drops=(), accumulate_from=math.inf),
-    "S": dict(width=512, layers=12, heads=16, ffn=1536, image_size=64, codes=1024, batch_size=128,
-              tokenizer_iters=6000, tokenizer_batch=32, iters=6000, replace_codes=0.1, lr=1e-4,
-              muon=0.0, epochs=110, drops=((100, 10 ** -0.5), (105, 0.1)),
-              accumulate_from=math.inf),
-    "L": dict(width=1024, layers=20, heads=16, ffn=3072, image_size=64, codes=1024, batch_size=64,
-              tokenizer_iters=6000, tokenizer_batch=32, iters=12000, replace_codes=0.1, lr=5e-5,
-              muon=0.0, epochs=206, drops=((200, 0.2),),
-              # The last 5 epochs take 5 batches a step, so the steps of one: 206 = 200 + 5 + 1.
-              accumulate_from=205),
+VALUES = {  #          tiny, S, L
+    "width":           (128, 512, 1024),     # D
+    "layers":          (4, 12, 20),
+    "heads":           (4, 16, 16),          # H
+    "ffn":             (384, 1536, 3072),    # three times the width, as released
+    "image_size":      (32, 64, 64),         # pixels; 256 with a VQGAN
+    "codes":           (256, 1024, 1024),    # V of a tokenizer that is trained here
+    "tokenizer_iters": (1500, 6000, 6000),
+    "tokenizer_batch": (16, 32, 32),
+    "iters":           (1150, 6000, 12000),
+    "batch_size":      (16, 128, 64),
+    "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's
+    "muon":            (5.0, 0.0, 0.0),      # Muon's over AdamW's (ours: it learns faster); 0: none
+    "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
+    "epochs":          (0, 110, 206),        # L: 200 + 5 + 1, as the last step takes five batches
+    "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # epoch, factor
+    "last_batches":    ((), (), (205, 5)),   # from which epoch a step takes how many batches
 }
+RECIPES = {name: {key: row[column] for key, row in VALUES.items()}
+           for column, name in enumerate(("tiny", "S", "L"))}
 # What tiny changes for pictures: half an hour to an hour of a CPU. S and L are as above, untried.
-PICTURES = dict(codes=1024, batch_size=64, iters=3600)
+PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
+
+
+def epochs_after(run, step):
+    """How many epochs are over after a step."""
+    return (step + 1) / run.iters * run.epochs
 
 
 def lr_factor(run, step):
@@ -86,8 +96,14 @@ def lr_factor(run, step):
     S and L: one epoch of warm-up, then constant, with the drops of Sec. 4.1 near the end."""
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
-    epoch = (step + 1) / run.iters * run.epochs
+    epoch = epochs_after(run, step)
     return min([1, epoch] + [factor for start, factor in run.drops if epoch > start])
+
+
+def images_of_step(run, step):
+    """How many images a step takes: a batch, or in L's last five epochs five of them (Sec. 4.1)."""
+    start, batches = run.last_batches or (math.inf, 1)
+    return run.batch_size * (batches if epochs_after(run, step) > start else 1)
 
 
 def seeded(run, stage, step):
@@ -112,7 +128,7 @@ def train_transformer(run, images, tokenizer, codes):
         start_from(model, codebook, run.init)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
-    parts = parts_that_fit(run, model.config)
+    at_once = images_that_fit(run, model.config)
     autocast = torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
     held_out = None  # codes and labels of 32 images, or of more that take a twentieth of the time
@@ -123,28 +139,22 @@ def train_transformer(run, images, tokenizer, codes):
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
-        # Draw the batch, or the five batches of a step in L's last epochs (Sec. 4.1).
-        batches = 5 if (step + 1) / run.iters * run.epochs > run.accumulate_from else 1
-        B = run.batch_size * batches
-        x, y, noisy, P = draw_batch(run, images, codes, len(codebook), step, B)
+        # Draw codes of images, their labels, the codes to make z_up of, and P.
+        *batch, P = draw_batch(run, images, codes, len(codebook), step)
         layout = layout_of(P)
 
-        # Forward, backward: part by part, if the card is too small for the whole batch.
+        # Forward and backward. What does not fit into the card's memory is taken in parts.
         model.zero_grad()
-        for part in range(batches * parts):
-            mine = slice(part * WORLD + RANK, None, batches * parts * WORLD)
-            x_, y_, noisy_ = (t[mine].to(device) for t in (x, y, noisy))
+        for x, y, noisy in zip(*(tensor.to(device).split(at_once) for tensor in batch)):
             with autocast:
-                logits = parallel(codebook[x_], y_, layout, codebook[noisy_])
-                loss = loss_by_scale(logits, x_, layout) / (batches * parts)
-            loss[0].backward()
+                logits = parallel(codebook[x], y, layout, codebook[noisy])
+                loss = loss_by_scale(logits, x, layout) * (len(x) / len(batch[0]))
+            loss[0].backward()  # of all tokens; the others are those of each scale
             losses = losses + loss.detach()
 
         # Update.
-        lr = run.lr * lr_factor(run, step)
-        for optimizer, ratio in zip(optimizers, (1, run.muon)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * ratio
+        lr = set_learning_rates(run, optimizers, step)
+        for optimizer in optimizers:
             optimizer.step()
 
         # Log, save. Checkpoints and pictures take a twentieth of the time at most.
@@ -201,10 +211,11 @@ def resume(path, model, optimizers, tokenizer):
     return state
 
 
-def draw_batch(run, images, codes, V, step, B):
+def draw_batch(run, images, codes, V, step):
     """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
-    labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views."""
-    g = seeded(run, 2, step)
+    labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views. Of
+    several processes, each gets its share of the B images."""
+    g, B = seeded(run, 2, step), images_of_step(run, step)
     number = torch.randint(len(codes), (B,), generator=g)
     view = torch.randint(codes.shape[1], (B,), generator=g)
     x = torch.from_numpy(codes[number, view].astype(np.int64))                           # (B, L)
@@ -215,11 +226,11 @@ def draw_batch(run, images, codes, V, step, B):
     noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
 
     # One P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are the usual
-    # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often.
+    # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often (ours).
     N = run.sizes[-1]
     u, v = torch.rand(2, generator=g).tolist()
     P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
-    return x, y, noisy, P
+    return x[RANK::WORLD], y[RANK::WORLD], noisy[RANK::WORLD], P
 
 
 class Muon(torch.optim.Optimizer):
@@ -265,6 +276,15 @@ def make_optimizers(model, run):
     return optimizers
 
 
+def set_learning_rates(run, optimizers, step):
+    """Set the learning rates of a step. Returns AdamW's, of which Muon's is a multiple."""
+    lr = run.lr * lr_factor(run, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * run.muon if isinstance(optimizer, Muon) else lr
+    return lr
+
+
 def start_from(model, codebook, path):
     """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
     Tables of other positions or of another number of classes keep their own start (as released).
@@ -284,19 +304,16 @@ def start_from(model, codebook, path):
         raise ValueError(f"--init {path}: its model has another size") from None
 
 
-def parts_that_fit(run, config):
-    """How many equal parts a batch is taken in, so that they fit into the memory of a CUDA
-    card. A step takes so many bytes a token (counted), and 16 for each weight."""
+def images_that_fit(run, config):
+    """How many images a forward and backward takes at once: a batch, or as many as the memory of
+    a CUDA card holds. A token takes so many bytes, and a weight 16 (counted)."""
     batch = run.batch_size // WORLD
     if run.device.type != "cuda":
-        return 1
+        return batch
     token = run.dtype.itemsize * (36 * run.layers * run.width + 9 * config.codes)
     weights = 16 * run.layers * run.width * (8 * run.width + 3 * run.ffn)
     room = 0.8 * torch.cuda.mem_get_info(run.device)[1] - weights
-    parts = 1
-    while parts < batch and (batch % parts or batch // parts * (1 + config.length) * token > room):
-        parts += 1
-    return parts
+    return max(1, min(batch, int(room / token / (1 + config.length))))
 
 
 @torch.no_grad()
@@ -350,7 +367,8 @@ def make_tokenizer(run, images):
             tokenizer = Tokenizer(TokenizerConfig(codes=run.codes)).to(run.device)
         if run.codes:
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
-            train_tokenizer(run, images, tokenizer, refit=bool(given))
+            train_codebook = refit_codebook if given else train_tokenizer
+            train_codebook(run, images, tokenizer)
         state = {"tokenizer": tokenizer.state_dict(), "options": run.options,
                  "tokenizer_config": asdict(tokenizer.config)}
         with ckgen.write_whole(path) as file:
@@ -360,63 +378,76 @@ def make_tokenizer(run, images):
     return ckgen.load_tokenizer(path, run.device)
 
 
-def train_tokenizer(run, images, tokenizer, refit):
+def train_tokenizer(run, images, tokenizer):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
-    itself. The codebook follows the latents. A refit is of the codebook alone, at any size."""
-    iters = max(1, images.train // 32) if refit else run.tokenizer_iters
-    B = 32 if refit else run.tokenizer_batch
-    sizes = range(1, run.sizes[-1] + 1) if refit else run.sizes
-    plain = 0 if refit else iters * 15 // 100  # first a plain autoencoder, until latents are good
+    itself. It begins as a plain autoencoder; once latents are good, the codebook follows them."""
+    iters, plain = run.tokenizer_iters, run.tokenizer_iters * 15 // 100
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
-    bar = tqdm(range(iters), "codebook" if refit else "tokenizer", unit="step")
+    bar = tqdm(range(iters), "tokenizer", unit="step")
     for step in bar:
         g = seeded(run, 1, step)
-        pictures = images.batch(B, g)[0].to(run.device)                     # (B, 3, h, h)
-        n = sizes[torch.randint(len(sizes), (), generator=g)]
+        pictures = images.batch(run.tokenizer_batch, g)[0].to(run.device)   # (B, 3, h, h)
+        n = run.sizes[torch.randint(len(run.sizes), (), generator=g)]
         smaller = tokenizer.resize(pictures, n)
-        whole = not refit or step == 0  # the codebook starts from latents of the full size
+        # All cells count alike, so that large maps move the codebook more. If maps did, the finest
+        # would lose 0.14 dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
+        cells = len(pictures) * run.sizes[-1] ** 2
         loss = 0
-        for weight, target in [(1.0, pictures)] * whole + [(0.25, smaller)]:
-            with torch.set_grad_enabled(not refit):
-                latents = tokenizer.encode(target)                          # (B, C, n, n)
-            if step < plain:
-                loss = loss + weight * F.mse_loss(tokenizer.decode(latents), target)
-                continue
-            rows = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)       # (B*n*n, C)
-            if step == plain and target is pictures:
-                pick = torch.randint(len(rows), (run.codes,), generator=g).to(run.device)
-                tokenizer.codebook_weight = rows[pick] / run.codes
-            codes = tokenizer.quantize(latents)                             # (B, n, n)
-            nearest = tokenizer.codebook()[codes].permute(0, 3, 1, 2)       # (B, C, n, n)
-            # In a refit all maps count alike, as released. In training all cells do, which gives
-            # the finest map 0.14 dB more, and the 1x1 map 0.11 dB less (CIFAR-10).
-            cells = len(rows) if refit else B * run.sizes[-1] ** 2
-            update_codebook(tokenizer, rows, codes.flatten(), g, cells)
-            error = (latents - nearest).square().sum(1).mean()
-            if not refit:
-                straight_through = latents + (nearest - latents).detach()
-                error = F.mse_loss(tokenizer.decode(straight_through), target) + 0.05 * error
+        for weight, target in ((1.0, pictures), (0.25, smaller)):
+            latents = tokenizer.encode(target)                              # (B, C, n, n)
+            error = 0
+            if step >= plain:
+                if step == plain and target is pictures:
+                    start_codebook(tokenizer, latents, g)
+                nearest = update_codebook(tokenizer, latents, g, cells)
+                error = (latents - nearest).square().sum(1).mean()
+                latents = latents + (nearest - latents).detach()  # a straight-through gradient
+            error = F.mse_loss(tokenizer.decode(latents), target) + 0.05 * error
             loss = loss + weight * error
-        if not refit:
-            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 - 2 * step / iters)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 - 2 * step / iters)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
 
 @torch.no_grad()
-def update_codebook(tokenizer, latents, codes, generator, cells, decay=0.99):
-    """Move each code to the moving average of the latents (n, C) whose codes (n,) it is. The weight
-    holds moving sums, divided by cells. So maps of all sizes count alike if cells is n. A sum of a
-    twentieth of the mean belongs to a code that is hardly used: it starts again at a latent."""
-    sums = tokenizer.codebook_weight                                        # (V, C)
-    sums.mul_(decay).index_add_(0, codes, latents, alpha=(1 - decay) / cells)
+def refit_codebook(run, images, tokenizer):
+    """A new codebook for a given tokenizer (Sec. 4.1), which itself stays as it is. It follows the
+    latents of pictures of any size. All maps count alike, as released."""
+    for step in tqdm(range(max(1, images.train // 32)), "codebook", unit="step"):
+        g = seeded(run, 1, step)
+        pictures = images.batch(32, g)[0].to(run.device)                    # (B, 3, h, h)
+        if step == 0:
+            start_codebook(tokenizer, tokenizer.encode(pictures), g)
+        n = 1 + torch.randint(run.sizes[-1], (), generator=g).item()
+        latents = tokenizer.encode(tokenizer.resize(pictures, n))           # (B, C, n, n)
+        update_codebook(tokenizer, latents, g, len(pictures) * n * n)
+
+
+def start_codebook(tokenizer, latents, generator):
+    """Start the codebook at some of these latents (B, C, n, n)."""
+    rows, V = latents.detach().movedim(1, -1).flatten(0, 2), tokenizer.config.codes
+    pick = torch.randint(len(rows), (V,), generator=generator).to(rows.device)
+    tokenizer.codebook_weight = rows[pick] / V
+
+
+@torch.no_grad()
+def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
+    """Move each code to the moving average of the latents (B, C, n, n) whose nearest it was before.
+    Returns those code vectors, (B, C, n, n). The weight holds moving sums, divided by cells. A sum
+    of a twentieth of the mean belongs to a code that is hardly used: it starts again at a latent.
+    """
+    codes, sums = tokenizer.quantize(latents), tokenizer.codebook_weight    # (B, n, n), (V, C)
+    nearest = tokenizer.codebook()[codes].movedim(-1, 1)
+    rows = latents.movedim(1, -1).flatten(0, 2)                             # (B*n*n, C)
+    sums.mul_(decay).index_add_(0, codes.flatten(), rows, alpha=(1 - decay) / cells)
     least = 0.05 / len(sums)
-    unused = (sums.norm(dim=-1) < least).nonzero().flatten()[:len(latents)]
-    pick = torch.randperm(len(latents), generator=generator)[:len(unused)]
-    sums[unused] = 10 * least * latents[pick.to(latents.device)]
+    unused = (sums.norm(dim=-1) < least).nonzero().flatten()[:len(rows)]
+    pick = torch.randperm(len(rows), generator=generator)[:len(unused)]
+    sums[unused] = 10 * least * rows[pick.to(rows.device)]
+    return nearest
 
 
 def code_images(run, images, tokenizer):

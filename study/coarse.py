@@ -142,7 +142,7 @@ def train_in_folder(args, options):
     model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
     model.to(device)
     optimizers = train_tiny.make_optimizers(model, run)
-    first, saved, B = 0, time.monotonic(), run.batch_size
+    first, saved = 0, time.monotonic()
     if os.path.exists(path):
         state = train_tiny.resume(path, model, optimizers, tokenizer)
         first = state["step"]
@@ -152,16 +152,14 @@ def train_in_folder(args, options):
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
     for step in bar:
-        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, len(codebook), step, B)
+        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, len(codebook), step)
         x, y, noisy = x.to(device), y.to(device), noisy.to(device)
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
         model.zero_grad()
         losses.sum().backward()
-        lr = run.lr * train_tiny.lr_factor(run, step)
-        for optimizer, ratio in zip(optimizers, (1, run.muon)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * ratio
+        train_tiny.set_learning_rates(run, optimizers, step)
+        for optimizer in optimizers:
             optimizer.step()
 
         last = step + 1 == run.iters

@@ -3,14 +3,13 @@
     python study/complete.py runs/toy-2x/checkpoint.pt --keep left 2x2
     python study/complete.py runs/toy-2x/checkpoint.pt my.png --class star --keep top
 
-draws what is missing of held-out pictures, or of files. The codes of known cells are given to
-`sample` instead of drawn. This alone fails for half a picture: the 1x1 map, which decides what the
-picture shows, is drawn before a known cell is seen. But `sample` also says how probable the known
-codes were, given all that was drawn before them. So several candidates are drawn side by side, and
-one of them is kept, with chances in proportion to that probability. This is sampling-importance
-resampling: exact for many candidates only; a few of them carry nearly all the weight. If coarse
-maps are kept, all candidates fit alike, and one is enough. Of toy shapes it says how often two
-colours mix.
+draws what is missing of held-out pictures, or of files. The codes of known cells are taken instead
+of drawn. This alone fails for half a picture: the 1x1 map, which decides what the picture shows, is
+drawn before a known cell is seen. But the model also says how probable the known codes were, given
+all that was drawn before them. So several candidates are drawn side by side, and one of them is
+kept, with chances in proportion to that probability. This is sampling-importance resampling: exact
+for many candidates only; a few of them carry nearly all the weight. If coarse maps are kept, all
+candidates fit alike, and one is enough. Of toy shapes it says how often two colours mix.
 
 Pictures are cut to a square, brought to the model's size, and coded: the first row shows them
 decoded. A tokenizer cannot show what is unlike the pictures that it was trained on.
@@ -34,11 +33,27 @@ from ckgen import Layout
 HALVES = ("left", "right", "top", "bottom")
 
 
+def sample_around(model, codebook, labels, layout, known, temperature=1.0, generator=None,
+                  **options):
+    """`sample` around known codes (B, L), which are -1 where nothing is known. Returns the codes
+    (B, L), and log_p (B,), the sum of the known codes' log-probabilities, guided, at this
+    temperature, each given all codes of the steps before."""
+    log_p = torch.zeros(len(labels), device=labels.device)
+
+    def choose(logits, cell):
+        given = known[:, cell]                                              # (B, T)
+        log_p.sub_(F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
+                                   reduction="none").sum(1))
+        return torch.where(given < 0, ckgen.draw(logits, temperature, generator), given)
+
+    return ckgen.sample(model, codebook, labels, layout, choose=choose, **options), log_p
+
+
 def complete(model, codebook, label, layout, known, candidates, generator=None, **options):
-    """Draw a picture of class label, a tensor (1,), around known codes (L,), which are -1 where
-    nothing is known: codes (L,). options are those of `sample`."""
-    codes, log_p = ckgen.sample(model, codebook, label.repeat(candidates), layout,
-                                known=known.repeat(candidates, 1), generator=generator, **options)
+    """Draw a picture of class label, a tensor (1,), around known codes (L,): codes (L,). options
+    are those of `sample`."""
+    codes, log_p = sample_around(model, codebook, label.repeat(candidates), layout,
+                                 known.repeat(candidates, 1), generator=generator, **options)
     chosen = ckgen.draw(log_p[None], 1, generator)                          # (1,)
     return codes[chosen][0]
 

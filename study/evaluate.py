@@ -157,11 +157,14 @@ def reference_of(judge, tokenizer, images):
 
 @torch.no_grad()
 def log_likelihoods(model, codebook, codes, layout, classes):
-    """log p(picture | class), in nats, (n, classes), of pictures of codes (n, L): all are known."""
+    """log p(picture | class), in nats, (n, classes), of pictures of codes (n, L)."""
     columns = []
     for label in tqdm(range(classes), "likelihoods", unit="class", leave=False):
-        parts = [ckgen.sample(model, codebook, torch.full_like(part[:, 0], label), layout,
-                              known=part)[1] for part in codes.split(64)]
+        parts = []
+        for x in codes.split(64):
+            logits = model(codebook[x], torch.full_like(x[:, 0], label), layout)
+            nats = F.cross_entropy(logits.mT, x[:, layout.cell[1:]], reduction="none")
+            parts.append(-nats.sum(1))
         columns.append(torch.cat(parts))
     return torch.stack(columns, 1).cpu()
 
