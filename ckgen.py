@@ -516,8 +516,8 @@ def loss_by_scale(logits, codes, layout):
 
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
-    the log of exponential noise is Gumbel noise. Temperature 0 is argmax. Unlike multinomial, it
-    needs no synchronisation with the GPU."""
+    the log of exponential noise is Gumbel noise. Unlike multinomial, it never waits for a GPU.
+    Temperature 0 is argmax."""
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
     return (logits - temperature * noise.log()).argmax(-1)
@@ -645,38 +645,36 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def vqgan_half(c_in, channels, c_out, blocks, coarsest, resample):
-    """The parts that encoder and decoder share. channels: those of each resolution in turn."""
+def vqgan_half(c_in, channels, c_out, blocks, resample, is_decoder):
+    """The VQGAN's encoder, or its decoder: its mirror image. channels: of each resolution in turn.
+    Attention is at the coarsest, and in the middle part, which follows or precedes the levels."""
+    coarsest = 0 if is_decoder else len(channels) - 1
     levels = []
     for i, c in enumerate(channels):
         change = resample(c) if i < len(channels) - 1 else nn.Identity()
         levels.append(Level(channels[max(0, i - 1)], c, blocks, i == coarsest, change))
     c = channels[coarsest]
-    return OrderedDict(
-        conv_in=nn.Conv2d(c_in, channels[0], 3, padding=1),
-        conv_blocks=nn.Sequential(*levels),
-        mid=nn.Sequential(ResidualBlock(c, c, group_norm), AttentionBlock(c),
-                          ResidualBlock(c, c, group_norm)),
-        norm_out=group_norm(channels[-1]),
-        swish=nn.SiLU(),
-        conv_out=nn.Conv2d(channels[-1], c_out, 3, padding=1))
+    mid = (ResidualBlock(c, c, group_norm), AttentionBlock(c), ResidualBlock(c, c, group_norm))
+    parts = [("conv_blocks", nn.Sequential(*levels)), ("mid", nn.Sequential(*mid))]
+    return nn.Sequential(OrderedDict([
+        ("conv_in", nn.Conv2d(c_in, channels[0], 3, padding=1)),
+        *(reversed(parts) if is_decoder else parts),
+        ("norm_out", group_norm(channels[-1])),
+        ("swish", nn.SiLU()),
+        ("conv_out", nn.Conv2d(channels[-1], c_out, 3, padding=1))]))
 
 
 def vqgan(config):
-    """The VQGAN's encoder and its decoder, the mirror image with one more block a resolution."""
+    """The VQGAN's encoder and decoder, which has one more block for each resolution."""
     def halve(c):  # as released: zeros at the right and at the bottom only
         return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
 
     def double(c):
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
 
-    channels, blocks = config.channels, config.res_blocks
-    encoder = vqgan_half(3, channels, config.width, blocks, len(channels) - 1, halve)
-    decoder = vqgan_half(config.width, channels[::-1], 3, blocks + 1, 0, double)
-    # The decoder runs the same parts in another order: conv_in, mid, conv_blocks, ...
-    decoder.move_to_end("mid", last=False)
-    decoder.move_to_end("conv_in", last=False)
-    return nn.Sequential(encoder), nn.Sequential(decoder)
+    channels, blocks, width = config.channels, config.res_blocks, config.width
+    return (vqgan_half(3, channels, width, blocks, halve, is_decoder=False),
+            vqgan_half(width, channels[::-1], 3, blocks + 1, double, is_decoder=True))
 
 
 # Appendix B. Files: dictionaries of tensors and plain values. Reading one runs no code from it. ---
@@ -729,8 +727,7 @@ def read(path):
 
 
 def build(kind, config, weights):
-    """A module of this kind with these weights. It is built on the meta device, so that no memory
-    is spent on weights that are about to be replaced."""
+    """A module of this kind with these weights. On the meta device, others take no memory."""
     with torch.device("meta"):
         module = kind(config)
     module.load_state_dict(weights, assign=True)
@@ -977,7 +974,7 @@ def save_gif(frames, file):
 
 def arrange(pictures, names):
     """A PIL image of n pictures (n, h, w, 3), uint8, of these classes in turn: a row for each class
-    with its name, or rows of eight of a single class, or a single picture as it is."""
+    with its name, rows of eight of a single class, or a single picture as it is."""
     n, k = len(pictures), len(names)
     if n == 1:
         return Image.fromarray(pictures[0])
@@ -994,8 +991,8 @@ def check_size(kind, n, side, names):
 
 
 def save_pictures(file, kind, frames, names, settings):
-    """Write n pictures to an open file. frames holds them at each moment, (n, h, w, 3) uint8: a
-    .gif shows all of it, a .png or an .npz the last, and the .npz the settings beside."""
+    """Write n pictures to an open file. frames holds them at each moment, (n, h, w, 3) uint8: all
+    are in a .gif, the last in a .png, or in an .npz with the settings."""
     if kind == ".npz":
         np.savez(file, arr_0=frames[-1], **settings)
     elif kind == ".gif":

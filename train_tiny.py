@@ -4,11 +4,11 @@
     python train_tiny.py --data DIR                  your pictures, one folder per class
     torchrun --nproc-per-node=8 train_tiny.py ...    several GPUs
 
-Three stages. Each writes a file into the run's folder, whole or not at all, and is done when it is
-there. So the same command continues a run that was stopped:
+Three stages. Each writes a file into the run's folder, whole or not at all. So the same command
+continues a run that was stopped:
 
     tokenizer.pt     the VQ tokenizer, trained on the images or given
-    codes-*.u16      the codes of the training images; * stands for them and for the tokenizer
+    codes-*.u16      the codes of the training images; * is a checksum of them and the tokenizer
     checkpoint.pt    the transformer, about once a minute; ckgen.py draws images from it
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
@@ -58,8 +58,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# S and L are the paper's (Sec. 4.1). With a VQGAN they train for its epochs, otherwise for
-# `iters` steps; warm-up and drops keep their share of the run.
+# S and L are the paper's (Sec. 4.1; warm-up and S's first drop as released). With a VQGAN they
+# train for the paper's epochs, otherwise for `iters` steps, of which all take the same share.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -73,11 +73,11 @@ VALUES = {  #          tiny, S, L
     "iters":           (1150, 6000, 12000),
     "batch_size":      (16, 128, 64),
     "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's
-    "muon":            (5.0, 0.0, 0.0),      # Muon's over AdamW's (ours: it learns faster); 0: none
+    "muon":            (5.0, 0.0, 0.0),      # Muon's, times AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
-    "epochs":          (0, 110, 206),        # L: 200 + 5 + 1, as the last step takes five batches
-    "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # epoch, factor
-    "last_batches":    ((), (), (205, 5)),   # from which epoch a step takes how many batches
+    "epochs":          (0, 110, 206),        # L: 200 + 5, then 5 of five batches a step: 1 more
+    "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
+    "last_batches":    ((), (), (205, 5)),   # after which epoch a step takes how many batches
 }
 RECIPES = {name: {key: row[column] for key, row in VALUES.items()}
            for column, name in enumerate(("tiny", "S", "L"))}
@@ -97,7 +97,8 @@ def lr_factor(run, step):
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
     epoch = epochs_after(run, step)
-    return min([1, epoch] + [factor for start, factor in run.drops if epoch > start])
+    warmup = min(1, epoch)
+    return min([warmup] + [factor for start, factor in run.drops if epoch > start])
 
 
 def images_of_step(run, step):
@@ -114,7 +115,8 @@ def seeded(run, stage, step):
 # 2. The transformer's training (Sec. 3.1, 4.1) ----------------------------------------------------
 
 def train_transformer(run, images, tokenizer, codes):
-    """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps."""
+    """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps. Views are crops
+    and mirror images, see Images."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     torch.manual_seed(run.seed)
@@ -131,10 +133,7 @@ def train_transformer(run, images, tokenizer, codes):
     at_once = images_that_fit(run, model.config)
     autocast = torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
-    held_out = None  # codes and labels of 32 images, or of more that take a twentieth of the time
-    if RANK == 0 and images.train < len(images.labels):
-        pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
-        held_out = encode(tokenizer, pictures, run.sizes), labels
+    held_out = held_out_codes(run, images, tokenizer, every)
     losses, saved, cost = 0, time.monotonic(), 0.0
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
@@ -182,6 +181,16 @@ def train_transformer(run, images, tokenizer, codes):
         draw_pictures(run, model, tokenizer)
 
 
+def held_out_codes(run, images, tokenizer, every):
+    """Codes and labels of 32 held-out images, or of as many more as take a twentieth of the time,
+    if they are seen every so many steps: seeing an image is a third of training on it. None, if
+    none is held out."""
+    if RANK > 0 or images.train == len(images.labels):
+        return None
+    pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
+    return encode(tokenizer, pictures, run.sizes), labels
+
+
 def model_config(run, tokenizer):
     """The Config of a run's model, for the codes of this tokenizer."""
     return Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width, run.layers,
@@ -216,12 +225,12 @@ def draw_batch(run, images, codes, V, step):
     labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views. Of
     several processes, each gets its share of the B images."""
     g, B = seeded(run, 2, step), images_of_step(run, step)
-    number = torch.randint(len(codes), (B,), generator=g)
-    view = torch.randint(codes.shape[1], (B,), generator=g)
-    x = torch.from_numpy(codes[number, view].astype(np.int64))                           # (B, L)
+    numbers = torch.randint(len(codes), (B,), generator=g)
+    views = torch.randint(codes.shape[1], (B,), generator=g)
+    x = torch.from_numpy(codes[numbers, views].astype(np.int64))                         # (B, L)
 
     # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
-    y = images.labels[number].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
+    y = images.labels[numbers].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
     replaced = torch.rand(x.shape, generator=g) < run.replace_codes
     noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
 

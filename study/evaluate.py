@@ -79,7 +79,7 @@ def train_judge(images, tokenizer, iters):
 
 def judge_of(path, images, tokenizer, iters=None):
     """The judge in a file, or a new one, which is written there: 500 steps for toy shapes, which
-    are easy, else 5000. Raises ValueError if that in the file was trained on something else."""
+    are easy, else 3300. Raises ValueError if that in the file was trained on something else."""
     codebook = tokenizer.codebook_weight.cpu().numpy().tobytes()
     device = tokenizer.codebook_weight.device
     belongs = [images.fingerprint, images.size, zlib.crc32(codebook)]
@@ -91,7 +91,7 @@ def judge_of(path, images, tokenizer, iters=None):
             judge = Judge(len(images.classes))
             judge.load_state_dict(state["judge"])
         return judge.to(device, memory_format=torch.channels_last).eval()
-    judge = train_judge(images, tokenizer, iters or (5000 if images.paths else 500))
+    judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
     with ckgen.write_whole(path) as file:
         torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
     return judge

@@ -101,7 +101,7 @@ class Study:
         self.prefix, self.csv = (f"{name}-", f"{name}.csv") if data else ("", "study.csv")
         self.scales, self.seeds, self.most = [*SCALES], (0, 1), 64
         if data:
-            self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 100
+            self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 40
         self.iters, self.n = train_tiny.PICTURES["iters"] if data else 1150, 2000
         self.judge_iters = None
         if quick:
