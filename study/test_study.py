@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import equal
+from torch.distributions import Categorical
 
 import coarse
 import complete
@@ -22,7 +23,7 @@ import ckgen
 import test_ckgen
 import train_tiny
 from ckgen import Checkerboard, Config, Layout, loss_by_scale, sample
-from test_ckgen import SIZES, close, differences, example, guided_logits
+from test_ckgen import SIZES, close, differences, example, one_pass
 from test_ckgen import card, finished, miniature, pictures  # fixtures
 
 
@@ -162,22 +163,21 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [2, 3, 1])
-def test_known_codes_are_taken_and_have_the_probability_of_one_pass(ratio):
-    """Guided, and at a temperature. If none is known, the draws are those of `sample` alone."""
+@pytest.mark.parametrize("share, cfg", [(0, 1.5), (0.5, 0), (0.5, 1.5), (1, 1.5)])
+def test_known_codes_are_taken_and_have_the_probability_of_one_pass(ratio, share, cfg):
+    """If none is known, the draws are those of `sample` alone."""
     model, layout, codes, labels, codebook = example(ckgen.scale_sizes(5, ratio))
-    for share, cfg in ((0, 0), (0, 1.5), (0.5, 0), (0.5, 1.5), (1, 1.5)):
-        known = codes.where(torch.rand(codes.shape) < share, -1)
-        given, cell = known >= 0, layout.cell[1:]
-        options = {"cfg": cfg, "cfg_start": 2, "temperature": 0.7}
-        drawn, log_p = complete.sample_around(model, codebook, labels, layout, known,
-                                              generator=torch.Generator(), **options)
-        assert equal(drawn[given], known[given]), (share, cfg)
-        logits = guided_logits(model, codebook, drawn, labels, layout, cfg, 2) / 0.7
-        log_p_of_cells = logits.log_softmax(-1).gather(2, drawn[:, cell, None])[..., 0]
-        close(log_p, (log_p_of_cells * given[:, cell]).sum(1), 1e-3)
-        if share == 0:
-            assert equal(drawn, sample(model, codebook, labels, layout,
-                                       generator=torch.Generator(), **options))
+    known, options = codes.where(torch.rand(codes.shape) < share, -1), {"cfg_start": 2}
+    options |= {"temperature": 0.7, "generator": torch.Generator()}
+    options["cfg"] = cfg
+    drawn, log_p = complete.sample_around(model, codebook, labels, layout, known, **options)
+    given = known >= 0
+    assert equal(drawn[given], known[given])
+    logits = one_pass(model, codebook, drawn, labels, layout, cfg) / 0.7
+    close(log_p, (Categorical(logits=logits).log_prob(drawn) * given).sum(1), 1e-3)
+    if share == 0:
+        options["generator"] = torch.Generator()
+        assert equal(drawn, sample(model, codebook, labels, layout, **options))
 
 
 def test_completions_follow_the_probability_given_what_is_known():
