@@ -15,8 +15,9 @@ All random draws of step t come from a generator seeded with (seed, stage, t). S
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
 
 Where this differs from the author's code, beside the README's table: pillow crops the pictures, not
-ADM's code; one in twenty is held out; batches are drawn with replacement; the first learning rate
-is not zero; entropies are taken before the temperature; pixels are rounded to 8 bits, not cut off.
+ADM's code; those below 64 pixels are taken whole, and mirrored; one in twenty is held out; batches
+are drawn with replacement; the first learning rate is not zero; a refit codebook follows moving
+averages, not Adam; pixels are rounded to 8 bits, not cut off.
 
 SPDX-License-Identifier: MIT
 """
