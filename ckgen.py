@@ -280,10 +280,10 @@ def rope_table(sizes, head_width):
     released. RoPE turns elements i and i + d/2 as a pair. Both start with the same angle, which
     makes it a rotation (ours). Training may part them, as released.
 
-    7/16 of the angles grow with x, 7/16 with y, 1/8 with the scale. x and y are those of a cell's
-    centre, in cells of the finest map (ours). Frequencies are as released: of k pairs, the i-th has
-    N^(-2i/k), or for the scale, of which map m has coordinate (m + 1) pi/2, 10^(-i/k). The last two
-    rows are those of CLASS and EMPTY, and start with angle 0.
+    7/16 of the pairs turn with x, 7/16 with y, 1/8 with the scale: pair i of k by x N^(-2i/k), by
+    y N^(-2i/k), and in map m = 0, 1 ... by (m + 1) pi/2 10^(-i/k), as released. x and y are those
+    of a cell's centre, in cells of the finest map (ours). The last two rows are those of CLASS and
+    EMPTY, and start with angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -324,7 +324,7 @@ class Attention(nn.Module):
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. Without a mask,
-        all see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values; these are added.
+        all see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values, and gets these.
         """
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
@@ -409,7 +409,7 @@ class Checkerboard(nn.Module):
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # logits
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha: 1/2
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)
@@ -426,8 +426,10 @@ class Checkerboard(nn.Module):
                 nn.init.zeros_(modulation[1].weight)
                 nn.init.zeros_(modulation[1].bias)                       # the shift
                 nn.init.ones_(modulation[1].bias[self.config.width:])    # the factor
-        nn.init.zeros_(self.lm_head.weight)  # all codes equally likely: the loss starts at log V,
-        nn.init.zeros_(self.lm_head.bias)    # 5.55 for V = 256 and 8.32 for the paper's 4096
+        # Ours: all codes are equally likely, so that the loss starts at log V, 5.55 for V = 256 and
+        # 8.32 for the paper's 4096.
+        nn.init.zeros_(self.lm_head.weight)
+        nn.init.zeros_(self.lm_head.bias)
 
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
@@ -514,6 +516,15 @@ def loss_by_scale(logits, codes, layout):
 
 # 6. Sampling (Sec. 3.1, 4.1) ----------------------------------------------------------------------
 
+def for_sampling(model, dtype):
+    """The model in this type, but final norm and lm_head in float32: guidance would multiply their
+    rounding errors."""
+    model.to(dtype)
+    model.norm.float()
+    model.lm_head.float()
+    return model
+
+
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
     the log of exponential noise is Gumbel noise. Unlike multinomial, it never waits for a GPU.
@@ -535,8 +546,9 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
            choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook is (V, C). The first cfg_start steps are not guided, for the sake of diversity: five
-    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1). If choose is given, it takes the
-    place of `draw`: it makes codes (B, T) of guided logits (B, T, V) and the cells (T,).
+    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
+    If choose is given, it takes the place of `draw`: it makes codes (B, T) of guided logits
+    (B, T, V) and the cells (T,).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -555,7 +567,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     z = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(z)
     for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0, as cfg_start does
-        # Forward. z_up is the same in all steps of a scale.
+        # Forward. z_up is the same in all steps of a scale; to make it again is cheap.
         cell = layout.cell[start:end]                                       # (T,)
         z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
         x = model.inputs(z, z_up, layout, start, end)                       # (B, T, D)
@@ -583,6 +595,12 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
 
 
 # 7. Pictures (Fig. 1) -----------------------------------------------------------------------------
+
+def to_uint8(images):
+    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
+    values = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return values.permute(0, 2, 3, 1).cpu().numpy()
+
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
@@ -758,15 +776,6 @@ def load(path, device="cpu", dtype=torch.float32):
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
 
 
-def for_sampling(model, dtype):
-    """The model in this type, but final norm and lm_head in float32: guidance would multiply their
-    rounding errors."""
-    model.to(dtype)
-    model.norm.float()
-    model.lm_head.float()
-    return model
-
-
 def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     """The tokenizer in a file: a checkpoint, the author's or LlamaGen's tokenizer. state: what
     `read` gives of it. The codebook stays float32."""
@@ -838,18 +847,12 @@ def released_tokenizer_config(tensors):
 # Appendix C. Many images, and the command line ----------------------------------------------------
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). L's
-    cache takes 3.6 GB of a GPU with guidance (counted)."""
+    """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). The
+    cache of model L takes 3.6 GB of a GPU with guidance (counted)."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
     return torch.cat([sample(model, codebook, part, layout, **options) for part in parts])
-
-
-def to_uint8(images):
-    """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
-    values = images.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return values.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def decode_scale(tokenizer, codes, layout, scale=-1):
@@ -1023,7 +1026,7 @@ def sample_to_file(args):
     chosen = class_numbers(wanted, names)[:args.n]
     shown = [[*names, "none"][i] for i in chosen]
     n = args.n or 8 * len(chosen)
-    P = options.pop("steps")
+    P = options.pop("steps")  # those of each map
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
 

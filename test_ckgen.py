@@ -527,6 +527,16 @@ def test_every_seed_of_63_bits_draws_otherwise():
     assert small.initial_seed() == 82_000_000_581 != large.initial_seed()
 
 
+@parametrize("option", ["init", "tokenizer"])
+def test_a_released_file_is_trained_further_at_256_pixels_for_the_papers_epochs(option, pictures):
+    torch.save({"model": released_model(SIZES)[1]}, "a.pth")
+    args = Namespace(**dict.fromkeys(train_tiny.OPTIONS), out="run")
+    args.data = str(pictures)
+    setattr(args, option, "a.pth")
+    options = train_tiny.fill_options(args, float32)
+    assert options["image_size"] == 256 and options["iters"] is options["codes"] is None
+
+
 def test_init_takes_all_but_tables_of_another_shape(finished, pictures):
     """For another ratio of scales, and for other classes."""
     for out, options, anew in (("a", "--scale 4", {"embed_positions.weight", "rope"}),

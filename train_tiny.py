@@ -9,7 +9,7 @@ continues a run that was stopped:
 
     tokenizer.pt     the VQ tokenizer, trained on the images or given
     codes-*.u16      the codes of the training images; * is a checksum of them and the tokenizer
-    checkpoint.pt    the transformer, about once a minute; ckgen.py draws images from it
+    checkpoint.pt    the transformer, at most once a minute; ckgen.py draws images from it
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
@@ -59,8 +59,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# S and L are the paper's (Sec. 4.1; warm-up and S's first drop as released). With a VQGAN they
-# train for the paper's epochs, otherwise for `iters` steps, of which all take the same share.
+# Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec. 4.1; warm-up and
+# S's first drop as released). Without a VQGAN they train for `iters` steps, and warm-up and drops
+# keep their share of the run.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -76,7 +77,7 @@ VALUES = {  #          tiny, S, L
     "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's
     "muon":            (5.0, 0.0, 0.0),      # Muon's, times AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
-    "epochs":          (0, 110, 206),        # L: 200 + 5, then 5 of five batches a step: 1 more
+    "epochs":          (0, 110, 206),        # L: 200 + 5, and 5 at five batches a step count as 1
     "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
     "last_batches":    ((), (), (205, 5)),   # after which epoch a step takes how many batches
 }
@@ -88,12 +89,12 @@ SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 
 def epochs_after(run, step):
-    """How many epochs are over after a step."""
+    """Where a run stands after a step, in its recipe's epochs, which fit the run's length."""
     return (step + 1) / run.iters * run.epochs
 
 
 def lr_factor(run, step):
-    """The learning rate's factor at a step. tiny: 20 steps of warm-up, then linearly down to zero.
+    """The learning rate's factor at a step. tiny: linearly down to zero, with 20 steps of warm-up.
     S and L: one epoch of warm-up, then constant, with the drops of Sec. 4.1 near the end."""
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
@@ -109,7 +110,8 @@ def images_of_step(run, step):
 
 
 def seeded(run, stage, step):
-    """The generator of all random draws of one step."""
+    """The generator of all random draws of one step of the tokenizer (stage 1) or of the
+    transformer (stage 2)."""
     return torch.Generator().manual_seed(((run.seed * 16 + stage) * 1_000_000_007 + step) % 2 ** 64)
 
 
@@ -129,6 +131,8 @@ def train_transformer(run, images, tokenizer, codes):
         first, log = state["step"], state["log"]
     elif run.init:
         start_from(model, codebook, run.init)
+    if first == run.iters and run.redraw and RANK == 0:
+        draw_pictures(run, model, tokenizer)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     at_once = images_that_fit(run, model.config)
@@ -140,15 +144,15 @@ def train_transformer(run, images, tokenizer, codes):
                disable=RANK > 0)
     for step in bar:
         # Draw codes of images, their labels, the codes to make z_up of, and P.
-        *batch, P = draw_batch(run, images, codes, len(codebook), step)
+        x, y, noisy, P = draw_batch(run, images, codes, len(codebook), step)
         layout = layout_of(P)
 
-        # Forward and backward. What does not fit into the card's memory is taken in parts.
+        # Forward and backward, in parts if the memory holds no more at once.
         model.zero_grad()
-        for x, y, noisy in zip(*(tensor.to(device).split(at_once) for tensor in batch)):
+        for part in torch.arange(len(x), device=device).split(at_once):
             with autocast:
-                logits = parallel(codebook[x], y, layout, codebook[noisy])
-                loss = loss_by_scale(logits, x, layout) * (len(x) / len(batch[0]))
+                logits = parallel(codebook[x[part]], y[part], layout, codebook[noisy[part]])
+                loss = loss_by_scale(logits, x[part], layout) * (len(part) / len(x))
             loss[0].backward()  # of all tokens; the others are those of each scale
             losses = losses + loss.detach()
 
@@ -157,35 +161,35 @@ def train_transformer(run, images, tokenizer, codes):
         for optimizer in optimizers:
             optimizer.step()
 
-        # Log, save. Checkpoints and pictures take a twentieth of the time at most.
+        # Log.
         last = step + 1 == run.iters
-        if (step + 1) % every == 0 or last:
-            means = (losses / (step % every + 1)).tolist()
-            losses = 0
-            of_held_out = math.nan
-            if held_out:
-                layout = layout_of(run.defaults["steps"])
-                with autocast:
-                    of_held_out = held_out_loss(model, codebook, *held_out, layout)[0].item()
-            log.append([step + 1, lr, of_held_out, *means])
-            bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{of_held_out:.4f}")
-            if not math.isfinite(means[0]):
-                raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
-            if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
-                start = time.monotonic()
-                draw_pictures(run, model, tokenizer)
-                write_log(run, log)
-                save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, log)
-                saved = time.monotonic()
-                cost = saved - start
-    if first == run.iters and run.redraw and RANK == 0:
-        draw_pictures(run, model, tokenizer)
+        if (step + 1) % every and not last:
+            continue
+        means = (losses / (step % every + 1)).tolist()
+        losses = 0
+        of_held_out = math.nan
+        if held_out:
+            with autocast:
+                of_held_out = held_out_loss(model, codebook, *held_out,
+                                            layout_of(run.defaults["steps"]))[0].item()
+        log.append([step + 1, lr, of_held_out, *means])
+        bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{of_held_out:.4f}")
+        if not math.isfinite(means[0]):
+            raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
+
+        # Save. Checkpoints and pictures take a twentieth of the time at most.
+        if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
+            start = time.monotonic()
+            draw_pictures(run, model, tokenizer)
+            write_log(run, log)
+            save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, log)
+            saved = time.monotonic()
+            cost = saved - start
 
 
 def held_out_codes(run, images, tokenizer, every):
-    """Codes and labels of 32 held-out images, or of as many more as take a twentieth of the time,
-    if they are seen every so many steps: seeing an image is a third of training on it. None, if
-    none is held out."""
+    """Codes and labels of 32 held-out images, or of more that take a twentieth of the time, as a
+    forward pass is a third of a step. None if none is held out, or if another process logs."""
     if RANK > 0 or images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
@@ -235,12 +239,13 @@ def draw_batch(run, images, codes, V, step):
     replaced = torch.rand(x.shape, generator=g) < run.replace_codes
     noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
 
-    # One P for the batch, so that any P works for sampling (Sec. 3.1). Half of them are the usual
-    # 1, 2, 4 ... N. The others reach up to one step a cell, small ones more often (ours).
+    # One P for the batch, so that any P works for sampling (Sec. 3.1). Ours: half of them are 1, 2,
+    # 4 ... N, the others log-uniform in 1 ... N * N, one step for each cell.
     N = run.sizes[-1]
     u, v = torch.rand(2, generator=g).tolist()
     P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
-    return x[RANK::WORLD], y[RANK::WORLD], noisy[RANK::WORLD], P
+    x, y, noisy = (tensor[RANK::WORLD].to(run.device) for tensor in (x, y, noisy))
+    return x, y, noisy, P
 
 
 class Muon(torch.optim.Optimizer):
@@ -375,7 +380,7 @@ def make_tokenizer(run, images):
             tokenizer = ckgen.load_tokenizer(given, run.device)
         else:
             tokenizer = Tokenizer(TokenizerConfig(codes=run.codes)).to(run.device)
-        if run.codes:
+        if run.codes:  # else the given codebook stays
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
             train_codebook = refit_codebook if given else train_tokenizer
             train_codebook(run, images, tokenizer)
@@ -399,21 +404,21 @@ def train_tokenizer(run, images, tokenizer):
         pictures = images.batch(run.tokenizer_batch, g)[0].to(run.device)   # (B, 3, h, h)
         n = run.sizes[torch.randint(len(run.sizes), (), generator=g)]
         smaller = tokenizer.resize(pictures, n)
-        # All cells count alike, so that large maps move the codebook more. If maps did, the finest
-        # would lose 0.14 dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
+        if step == plain:
+            start_codebook(tokenizer, tokenizer.encode(pictures), g)
+        # All cells count alike, so that large maps move the codebook more. If all maps counted
+        # alike, the finest would lose 0.14 dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
         cells = len(pictures) * run.sizes[-1] ** 2
         loss = 0
         for weight, target in ((1.0, pictures), (0.25, smaller)):
             latents = tokenizer.encode(target)                              # (B, C, n, n)
-            error = 0
+            commitment = 0
             if step >= plain:
-                if step == plain and target is pictures:
-                    start_codebook(tokenizer, latents, g)
                 nearest = update_codebook(tokenizer, latents, g, cells)
-                error = (latents - nearest).square().sum(1).mean()
+                commitment = (latents - nearest).square().sum(1).mean()
                 latents = latents + (nearest - latents).detach()  # a straight-through gradient
-            error = F.mse_loss(tokenizer.decode(latents), target) + 0.05 * error
-            loss = loss + weight * error
+            error = F.mse_loss(tokenizer.decode(latents), target)
+            loss = loss + weight * (error + 0.05 * commitment)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 - 2 * step / iters)
         optimizer.zero_grad()
         loss.backward()
@@ -425,7 +430,8 @@ def train_tokenizer(run, images, tokenizer):
 @torch.no_grad()
 def refit_codebook(run, images, tokenizer):
     """A new codebook for a given tokenizer (Sec. 4.1), which itself stays as it is. It follows the
-    latents of pictures of any size. All maps count alike, as released."""
+    latents of pictures of any size, by moving averages (ours; the paper minimises an L2 loss). All
+    maps count alike, as released."""
     for step in tqdm(range(max(1, images.train // 32)), "codebook", unit="step"):
         g = seeded(run, 1, step)
         pictures = images.batch(32, g)[0].to(run.device)                    # (B, 3, h, h)
@@ -446,9 +452,9 @@ def start_codebook(tokenizer, latents, generator):
 @torch.no_grad()
 def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
     """Move each code to the moving average of the latents (B, C, n, n) whose nearest it was before.
-    Returns those code vectors, (B, C, n, n). The weight holds moving sums, divided by cells. A sum
-    of a twentieth of the mean belongs to a code that is hardly used: it starts again at a latent.
-    """
+    Returns those code vectors, (B, C, n, n). The weight holds moving sums, divided by cells: their
+    norms add up to 1 at most, and the mean is about 1/V. A code of less than 0.05/V is hardly used:
+    it starts again at a latent, with 0.5/V."""
     codes, sums = tokenizer.quantize(latents), tokenizer.codebook_weight    # (B, n, n), (V, C)
     nearest = tokenizer.codebook()[codes].movedim(-1, 1)
     rows = latents.movedim(1, -1).flatten(0, 2)                             # (B*n*n, C)
@@ -760,7 +766,7 @@ def fill_options(args, dtype):
     source = args.tokenizer or args.init
     if source and not ckgen.load_tokenizer(source).config.channels:  # a small one, of a run
         options["image_size"] = ckgen.read(source)["options"]["image_size"]
-    elif args.tokenizer and args.data:  # a VQGAN: the paper's epochs, see `train`
+    elif source and args.data:  # a VQGAN: the paper's epochs, see train_in_folder
         options |= {"image_size": 256, "iters": None}
     if args.tokenizer or args.init:
         options["codes"] = None  # its own

@@ -153,7 +153,6 @@ def train_in_folder(args, options):
     bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
     for step in bar:
         x, y, noisy, P = train_tiny.draw_batch(run, images, codes, len(codebook), step)
-        x, y, noisy = x.to(device), y.to(device), noisy.to(device)
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
         model.zero_grad()
