@@ -499,8 +499,8 @@ def order(study):
             found.append(nats)
         lines[name].append((P, *summary(found)))
     study.write_csv("order.csv", rows)
-    title = "toy shapes, one map: held-out nats a token"
-    study.save("order.png", Image.fromarray(plot(title, "steps", lines)))
+    drawn = plot("toy shapes, one map: held-out nats a token", "steps", lines)
+    study.save("order.png", Image.fromarray(drawn))
 
 
 CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, steps, entropy, mixing,
