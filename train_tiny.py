@@ -8,7 +8,7 @@ Three stages. Each writes a file into the run's folder, whole or not at all. So 
 continues a run that was stopped:
 
     tokenizer.pt     the VQ tokenizer, trained on the images or given
-    codes-*.u16      the codes of the training images; * is a checksum of them and the tokenizer
+    codes-*.u16      the codes of the training images; * is a checksum of tokenizer.pt
     checkpoint.pt    the transformer, at most once a minute; ckgen.py draws images from it
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
@@ -23,6 +23,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import atexit
 import contextlib
 import errno
 import functools
@@ -122,17 +123,12 @@ def train_transformer(run, images, tokenizer, codes):
     and mirror images, see Images."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
-    torch.manual_seed(run.seed)
-    model = Checkerboard(model_config(run, tokenizer)).to(device)
+    model = make_model(run, tokenizer).to(device)
     optimizers = make_optimizers(model, run)
     first, log = 0, []
     if os.path.exists(path):
         state = resume(path, model, optimizers, tokenizer)
         first, log = state["step"], state["log"]
-    elif run.init:
-        start_from(model, codebook, run.init)
-    if first == run.iters and run.redraw and RANK == 0:
-        draw_pictures(run, model, tokenizer)
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
     at_once = images_that_fit(run, model.config)
@@ -162,8 +158,7 @@ def train_transformer(run, images, tokenizer, codes):
             optimizer.step()
 
         # Log.
-        last = step + 1 == run.iters
-        if (step + 1) % every and not last:
+        if (step + 1) % every and step + 1 < run.iters:
             continue
         means = (losses / (step % every + 1)).tolist()
         losses = 0
@@ -178,28 +173,42 @@ def train_transformer(run, images, tokenizer, codes):
             raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
 
         # Save. Checkpoints and pictures take a twentieth of the time at most.
-        if RANK == 0 and (last or time.monotonic() - saved > max(60, 20 * cost)):
+        if time.monotonic() - saved > max(60, 20 * cost):
             start = time.monotonic()
-            draw_pictures(run, model, tokenizer)
-            write_log(run, log)
-            save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, log)
+            save(path, run, model, optimizers, tokenizer, step + 1, log)
             saved = time.monotonic()
             cost = saved - start
+    save(path, run, model, optimizers, tokenizer, run.iters, log)
+
+
+def make_model(run, tokenizer):
+    """A model for the codes of this tokenizer: that of --init, or one with random weights."""
+    torch.manual_seed(run.seed)
+    model = Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
+                                run.layers, run.heads, run.ffn))
+    if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):
+        start_from(model, tokenizer.codebook(), run.init)
+    return model
 
 
 def held_out_codes(run, images, tokenizer, every):
     """Codes and labels of 32 held-out images, or of more that take a twentieth of the time, as a
-    forward pass is a third of a step. None if none is held out, or if another process logs."""
-    if RANK > 0 or images.train == len(images.labels):
+    forward pass is a third of a step. None if none is held out."""
+    if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
     return encode(tokenizer, pictures, run.sizes), labels
 
 
-def model_config(run, tokenizer):
-    """The Config of a run's model, for the codes of this tokenizer."""
-    return Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width, run.layers,
-                  run.heads, run.ffn)
+def save(path, run, model, optimizers, tokenizer, step, log):
+    """Write pictures, log.csv and checkpoint.pt. Of several processes, the first does."""
+    if RANK > 0:
+        return
+    draw_pictures(run, model, tokenizer)
+    columns = ",".join(["step,lr,held_out,loss", *(f"loss_{n}x{n}" for n in run.sizes)])
+    with ckgen.write_whole(f"{run.out}/log.csv") as file:
+        np.savetxt(file, log, "%.7g", ",", header=columns, comments="")
+    save_checkpoint(path, run, model, optimizers, tokenizer, step, log)
 
 
 def save_checkpoint(path, run, model, optimizers, tokenizer, step, log):
@@ -307,12 +316,10 @@ def start_from(model, codebook, path):
     source, tokenizer, *_ = ckgen.load(path)
     if not torch.equal(tokenizer.codebook(), codebook.cpu()):
         raise ValueError(f"--init {path}: its tokenizer has another codebook")
-    tables = {"class_embeddings.weight": source.config.classes == model.config.classes,
-              "embed_positions.weight": source.config.sizes == model.config.sizes,
-              "rope": source.config.sizes == model.config.sizes}
     own, source = model.state_dict(), source.state_dict()
-    for name, fits in tables.items():
-        source[name] = source[name] if fits else own[name]
+    for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
+        if own[name].shape != source[name].shape:
+            source[name] = own[name]
     try:
         model.load_state_dict(source)
     except RuntimeError:
@@ -339,24 +346,16 @@ def held_out_loss(model, codebook, codes, labels, layout):
     return (total / len(codes)).cpu()
 
 
-def write_log(run, rows):
-    """Write log.csv."""
-    columns = ",".join(["step,lr,held_out,loss", *(f"loss_{n}x{n}" for n in run.sizes)])
-    with ckgen.write_whole(f"{run.out}/log.csv") as file:
-        np.savetxt(file, rows, "%.7g", ",", header=columns, comments="")
-
-
 def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
-    first of up to eight rows after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
+    first eight after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
     every = math.ceil(len(run.classes) / 16)
-    labels = torch.arange(len(run.classes), device=run.device)[::every].repeat_interleave(8)
+    labels = torch.arange(len(run.classes), device=run.device)[::every].repeat(8)
     options = dict(run.defaults)
     layout = Layout(run.sizes, options.pop("steps"), run.device)
     codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
-    rows = np.split(ckgen.decode_scale(tokenizer, codes, layout), len(labels) // 8)
-    samples = ckgen.picture_grid(rows, run.classes[::every])
-    first = codes[::8][:8]
+    samples = ckgen.arrange(ckgen.decode_scale(tokenizer, codes, layout), run.classes[::every])
+    first = codes[:8]
     frames = [ckgen.picture_grid([frame]) for frame in
               ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)]
     scales = [ckgen.decode_scale(tokenizer, first, layout, k) for k in range(len(run.sizes))]
@@ -370,19 +369,22 @@ def draw_pictures(run, model, tokenizer):
 
 # 3. The tokenizer's training (Sec. 3.3), and the codes of all images ------------------------------
 
-def make_tokenizer(run, images):
+def start_tokenizer(run):
+    """The run's tokenizer, or where its training starts: the given one, or random weights."""
+    path = f"{run.out}/tokenizer.pt"
+    given = path if os.path.exists(path) else run.tokenizer or run.init
+    torch.manual_seed(run.seed)
+    return ckgen.load_tokenizer(given) if given else Tokenizer(TokenizerConfig(run.codes))
+
+
+def make_tokenizer(run, images, tokenizer):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
     path = f"{run.out}/tokenizer.pt"
-    given = run.tokenizer or run.init
     if RANK == 0 and not os.path.exists(path):
-        torch.manual_seed(run.seed)
-        if given:
-            tokenizer = ckgen.load_tokenizer(given, run.device)
-        else:
-            tokenizer = Tokenizer(TokenizerConfig(codes=run.codes)).to(run.device)
+        tokenizer.to(run.device)
         if run.codes:  # else the given codebook stays
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
-            train_codebook = refit_codebook if given else train_tokenizer
+            train_codebook = refit_codebook if run.tokenizer else train_tokenizer
             train_codebook(run, images, tokenizer)
         state = {"tokenizer": tokenizer.state_dict(), "options": run.options,
                  "tokenizer_config": asdict(tokenizer.config)}
@@ -468,31 +470,23 @@ def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
 
 def code_images(run, images, tokenizer):
     """The codes of all views of all training images, (images, views, L), uint16: a file of plain
-    numbers, mapped into memory. Its length tells where to go on."""
-    with open(f"{run.out}/tokenizer.pt", "rb") as file:  # it holds the run's options too
-        belongs = zlib.crc32(file.read(), images.fingerprint)
+    numbers. ImageNet's take 9 GB of memory."""
+    belongs = zlib.crc32(Path(run.out, "tokenizer.pt").read_bytes())
     path = f"{run.out}/codes-{belongs:08x}.u16"
-    shape = (images.train, len(images.views), sum(n * n for n in run.sizes))
     if RANK == 0 and not os.path.exists(path):
-        try:
-            append_codes(f"{path}.tmp", run, images, tokenizer, shape)
-        except ValueError:  # too many files are damaged: the next start counts them all again
-            os.remove(f"{path}.tmp")
-            raise
+        append_codes(f"{path}.tmp", run, images, tokenizer)
         os.replace(f"{path}.tmp", path)
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
-    try:
-        return np.memmap(path, np.uint16, "r", shape=shape)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be mapped into memory here: {error}") from None
+    return np.fromfile(path, np.uint16).reshape(images.train, len(images.views), -1)
 
 
-def append_codes(path, run, images, tokenizer, shape):
-    """Write the codes of all images to a file, or those that it lacks."""
+def append_codes(path, run, images, tokenizer):
+    """Write the codes of all images to a file, or those that it lacks, as its length tells."""
+    bytes_of_one = 2 * len(images.views) * sum(n * n for n in run.sizes)
     with open(path, "ab") as file:
-        first = file.tell() // (2 * math.prod(shape[1:]))
-        file.truncate(first * 2 * math.prod(shape[1:]))
+        first = file.tell() // bytes_of_one
+        file.truncate(first * bytes_of_one)
         for start in tqdm(range(first, images.train, 32), "coding images", unit="batch",
                           initial=first // 32, total=images.train // 32):
             pictures = images.read(range(start, min(start + 32, images.train)))
@@ -526,10 +520,9 @@ class Images:
             pictures, others = find_pictures(folder)
             names, self.train = hold_out(pictures)
             classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
-            folders = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-            self.found = (f"{len(names):,} pictures in {len(classes)} class folders; left out: "
-                          f"{others:,} other files, folders without: "
-                          f"{', '.join(sorted(folders.difference(classes))) or 'none'}")
+            folders = sum(entry.is_dir() for entry in os.scandir(folder))
+            self.found = (f"{len(names):,} pictures in {len(classes)} of {folders} class folders, "
+                          f"beside {others:,} other files")
             if not names:
                 raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
                                  f"found {self.found}")
@@ -557,16 +550,15 @@ class Images:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
-        """A file as (side, side, 3). A damaged one is named, and the next training picture of its
-        class is taken. An error that has an errno is the machine's, and raised."""
+        """A file as (side, side, 3). A damaged one is named, and a training picture of its class is
+        taken. An error that has an errno is the machine's, and raised."""
         for other in self.alike(number):
             path = self.paths[other]
             try:
                 return np.array(read_picture(path, self.side))
             except Exception as error:  # a damaged file can raise anything
-                if isinstance(error, MemoryError):
-                    raise MemoryError(f"reading {path}") from None
-                if getattr(error, "errno", None) not in (None, errno.EINVAL):  # EINVAL: JPEG 2000's
+                no_fault = (None, errno.EINVAL)  # EINVAL: JPEG 2000's
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) not in no_fault:
                     raise
                 if path not in self.damaged:
                     tqdm.write(f"{path!r}: damaged, another is taken: {error}", sys.stderr)
@@ -574,10 +566,9 @@ class Images:
         raise ValueError(f"--data: {path} is damaged, and so is all that could replace it")
 
     def alike(self, number):
-        """This number, then those of all training pictures of its class, in turn."""
+        """This number, then those of all training pictures of its class."""
         yield number
-        same = (self.labels[:self.train] == self.labels[number]).nonzero().flatten()
-        yield from torch.cat([same[same > number], same[same < number]]).tolist()
+        yield from (self.labels[:self.train] == self.labels[number]).nonzero().flatten().tolist()
 
     def batch(self, k, generator):
         """k training images (k, 3, size, size) in [-1, 1], drawn with replacement and in one view,
@@ -595,22 +586,17 @@ class Images:
 
 def find_pictures(folder):
     """The pictures below each class folder at any depth, as torchvision's ImageFolder finds them,
-    {name: bytes}, and the number of other files. No folder is read twice, a hidden one never."""
-    kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
+    {name: bytes}, and the number of other files. What is hidden is left out."""
+    kinds, pictures, others = Image.registered_extensions(), {}, 0
 
     def fail(error):
         raise error
 
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
+        inner[:] = [name for name in inner if name[0] != "."]
         if ".lock" in names:  # the folder of a run: its pictures are our own
             inner.clear()
-            others += len(names)
-            continue
-        visible = sorted((name for name in inner if name[0] != "."), reverse=True)
-        others += len(inner) - len(visible)
-        real = {os.path.realpath(os.path.join(place, name)): name for name in visible}
-        inner[:] = sorted(real[path] for path in real.keys() - seen)
-        seen |= real.keys()
+            names.clear()
         for file in (Path(place, name) for name in names):
             relative = file.relative_to(folder)
             readable = kinds.get(file.suffix.lower()) in Image.OPEN and file.name[0] != "."
@@ -622,13 +608,14 @@ def find_pictures(folder):
 
 
 def class_names(folder, classes):
-    """The names of classes by a words.txt in the folder or above it: n01443537 is goldfish."""
-    for path in filter(os.path.isfile, (f"{folder}/words.txt", f"{folder}/../words.txt")):
-        with open(path, encoding="utf8", errors="replace") as file:
-            words = dict(line.strip().split("\t", 1) for line in file if "\t" in line)
-        names = [words.get(name, name).split(",")[0] for name in classes]
-        return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
-    return classes
+    """The names of classes by a words.txt above the folder: n01443537 is goldfish."""
+    path = f"{folder}/../words.txt"
+    if not os.path.isfile(path):
+        return classes
+    with open(path, encoding="utf8", errors="replace") as file:
+        words = dict(line.strip().split("\t", 1) for line in file if "\t" in line)
+    names = [words.get(name, name).split(",")[0] for name in classes]
+    return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
 
 
 def checksum(text):
@@ -776,7 +763,7 @@ def fill_options(args, dtype):
 def make_run(options, out, P, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
-                             dtype=dtype, out=out, redraw=P is not None)
+                             dtype=dtype, out=out)
     run.defaults = {"steps": P or 4, "cfg": 1.5, "temperature": 1.0}
     if not run.data:  # more guidance mixes the colours of toy shapes
         run.defaults |= {"cfg": 0.5, "temperature": 0.5}
@@ -786,16 +773,11 @@ def make_run(options, out, P, device, dtype):
 
 
 def open_images(run):
-    """The images of a run. If they are not those that it began with, the tokenizer is kept; but
-    raises ValueError if there is a checkpoint.pt already."""
+    """The images of a run. Raises ValueError if they are not those that it began with."""
     images = Images(run.data, run.image_size)
     run.classes = images.classes
     if run.options.setdefault("pictures", images.fingerprint) != images.fingerprint:
-        if os.path.exists(f"{run.out}/checkpoint.pt"):
-            raise ValueError(f"--data {run.data}: not the files that {run.out} began with")
-        if RANK == 0:
-            print("the files have changed: the tokenizer is kept, and the codes are made again")
-        run.options["pictures"] = images.fingerprint
+        raise ValueError(f"--data {run.data}: not the files that {run.out} began with")
     return images
 
 
@@ -830,32 +812,26 @@ def train(args):
 def train_in_folder(args):
     """All stages, in args.out."""
     device, dtype = ckgen.find_device(args.device)
-    options = [fill_options(args, dtype) if RANK == 0 else None]
+    run = make_run(fill_options(args, dtype), args.out, args.steps, device, dtype)
     if WORLD > 1:
-        cuda = {"device_id": device} if device.type == "cuda" else {}
-        torch.distributed.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(days=7), **cuda)  # coding takes long
-        torch.distributed.broadcast_object_list(options)
-    run = make_run(options[0], args.out, args.steps, device, dtype)
+        torch.distributed.init_process_group(timeout=timedelta(days=7))  # coding takes long
+        atexit.register(torch.distributed.destroy_process_group)
     images = open_images(run)
     if run.iters is None:  # the paper's epochs
         epochs = 30 if run.init else run.epochs or 1
         run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
     run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
-    path = f"{run.out}/tokenizer.pt"
-    given = path if os.path.exists(path) else run.tokenizer or run.init
-    tokenizer = ckgen.load_tokenizer(given) if given else Tokenizer(TokenizerConfig(run.codes))
+    tokenizer = start_tokenizer(run)
     stride = tokenizer.config.stride
     if run.image_size % stride or run.batch_size % WORLD:
         raise ValueError(f"--image-size must be a multiple of {stride}, --batch-size of {WORLD}")
     run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
-    if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):  # what does not fit is said now
-        untrained = Checkerboard(model_config(run, tokenizer))
-        start_from(untrained, tokenizer.codebook(), run.init)
+    if run.init:
+        make_model(run, tokenizer)  # here, so that what does not fit is said before the work
     if RANK == 0:
         print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
               f"{run.iters} steps, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
-    tokenizer = make_tokenizer(run, images)
+    tokenizer = make_tokenizer(run, images, tokenizer)
     codes = code_images(run, images, tokenizer)
     train_transformer(run, images, tokenizer, codes)
     if RANK == 0:
@@ -895,12 +871,7 @@ def main(arguments=None):
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), help="same seed, same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    args = parser.parse_args(arguments)
-    try:
-        parser.run(train, args)
-    finally:
-        if WORLD > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    parser.run(train, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ all codes in one pass, each within its cluster. As a code has one cluster,
 and both are trained on true clusters: their losses add up. If K = V, stage 2 has nothing to choose.
 
     python study/coarse.py train runs/toy-2x --clusters 64       both stages, on that run's codes
-    python study/coarse.py draw runs/toy-2x/coarse-64.pt         a .png, a .gif or an .npz
+    python study/coarse.py draw runs/toy-2x/coarse-64.pt         eight images of each class
     python study/coarse.py evaluate runs/toy-2x/coarse-64.pt     how good the model is
     python study/coarse.py compare                               with plain models, an hour
 
@@ -137,8 +137,8 @@ def train_in_folder(args, options):
     codes = train_tiny.code_images(run, images, tokenizer)
 
     codebook = tokenizer.codebook()                                      # (V, C)
-    torch.manual_seed(run.seed)
-    model = CoarseToFine(train_tiny.model_config(run, tokenizer), args.clusters)
+    config = train_tiny.make_model(run, tokenizer).config
+    model = CoarseToFine(config, args.clusters)
     model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
     model.to(device)
     optimizers = train_tiny.make_optimizers(model, run)
@@ -207,30 +207,17 @@ def held_out_loss(model, codebook, codes, labels, layout):
 
 
 def draw(args):
-    """Draw all classes in turn, and write the pictures. The steps of a .gif show centroids, and its
-    last frame the codes. Raises ValueError or OSError."""
-    kind = ckgen.kind_of_output(args.out)
+    """Draw eight images of each class, or of 16 of them. Raises ValueError or OSError."""
     device, dtype = ckgen.find_device(args.device)
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    few = range(0, len(names), math.ceil(len(names) / (args.n or 16)))
-    n = args.n or 8 * len(few)
-    P = options.pop("steps")
-    layout = Layout(model.config.sizes, P, device)
-    options |= {"cfg_start": ckgen.guided_from(5, layout), "seed": args.seed}
-    if args.fine_temperature is not None:
-        options["fine_temperature"] = args.fine_temperature
-    shown = [names[label] for label in few[:n]]
-    ckgen.check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
-    labels = torch.tensor(few, device=device).repeat(n // len(few) + 1)[:n]
+    layout = Layout(model.config.sizes, options.pop("steps"), device)
+    every = math.ceil(len(names) / 16)
+    labels = torch.arange(len(names), device=device)[::every].repeat(8)
     with ckgen.write_whole(args.out) as file:
-        codes = generate(model, tokenizer, labels, layout, **options)
-        frames = []
-        if kind == ".gif":
-            frames = ckgen.progress_frames(tokenizer, model.centroids[model.cluster[codes]], layout)
-        frames.append(ckgen.decode_scale(tokenizer, codes, layout))
-        settings = {"labels": labels.cpu(), "steps": P} | options
-        ckgen.save_pictures(file, kind, frames, shown, settings)
+        codes = generate(model, tokenizer, labels, layout, args.seed, **options)
+        pictures = ckgen.decode_scale(tokenizer, codes, layout)
+        ckgen.arrange(pictures, names[::every]).save(file, "PNG")
     print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 
 
@@ -244,24 +231,20 @@ def judge(args):
 
 def compare(args):
     """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
-    sampling, at several temperatures. Writes coarse.csv and coarse.png, by study.py's rules."""
-    study = Study(args.quick, args.data)
+    sampling, at several temperatures. Writes coarse.csv, or of pictures cifar10-coarse.csv."""
+    # Pictures take half of their recipe's steps, since two stages cost as much as two models.
+    study = Study(args.quick, args.data, "coarse", 1800 if args.data else 1150,
+                  ["--codes", "1024"])
     layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE)
     labels %= len(study.images.classes)
-    if study.data:
-        name, choices = str(FIRST), (0, 256)
-        network, tokenizer = study.load(FIRST)
-    else:
-        name, choices = "codes-1024", (0, 64, 256)
-        network, tokenizer = study.train(name, "--codes", "1024")
-    redundancy(study, tokenizer, layout)
+    network, tokenizer = study.load(FIRST)
     codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
     codebook = tokenizer.codebook()
     rows = []
-    for K in choices:
+    for K in (0, 256) if args.data else (0, 64, 256):
         sampler, loss = ckgen.generate, train_tiny.held_out_loss
         if K:
-            run = f"{study.folder}/{name}"
+            run = f"{study.folder}/{FIRST}"
             train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
             network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
             sampler, loss = generate, held_out_loss
@@ -280,37 +263,6 @@ def compare(args):
                 study.write_csv(f"{study.prefix}coarse.csv", rows)
 
 
-@torch.no_grad()
-def redundancy(study, tokenizer, layout):
-    """coarse.png: held-out pictures whose codes are replaced by random ones of the same cluster, by
-    the clusters' centroids, by any codes; and how far all of them move, in dB."""
-    codebook, images = tokenizer.codebook().cpu(), study.held_out[:1000]
-    shown, names = [images], ["real"]
-    codes = train_tiny.encode(tokenizer, images, layout.sizes)
-    codes = codes[:, layout.scales[-1]].cpu()                            # (n, N*N)
-
-    def show(name, latents):
-        maps = ckgen.as_map(latents).to(DEVICE)
-        decoded = [ckgen.to_uint8(tokenizer.decode(part)) for part in maps.split(64)]
-        pictures = torch.from_numpy(np.concatenate(decoded)).permute(0, 3, 1, 2)
-        shown.append(pictures)
-        names.append(f"{name} {evaluate.decibels(pictures, images):.1f} dB")
-
-    show("decoded,", codebook[codes])
-    torch.manual_seed(0)
-    for K in (256, 64, 1):
-        cluster, centroids = cluster_codebook(codebook, K)
-        same = (cluster[:, None] == cluster).float()                     # (V, V)
-        others = torch.multinomial(same, 1000, replacement=True)         # (V, 1000)
-        others = others[codes, torch.randint(1000, codes.shape)]
-        show(f"same of {K}," if K > 1 else "any code,", codebook[others])
-        if K > 1:
-            show(f"centroid of {K},", centroids[cluster][codes])
-    print(*names, sep="\n")
-    rows = [pictures[:8].permute(0, 2, 3, 1).numpy() for pictures in shown]
-    study.save("coarse.png", ckgen.picture_grid(rows, names))
-
-
 # 6. Command line ----------------------------------------------------------------------------------
 
 def main(arguments=None):
@@ -326,14 +278,11 @@ def main(arguments=None):
 
     add = commands.add_parser("draw", help="draw images of all classes in turn").add_argument
     add("checkpoint", help="coarse-K.pt, written by train")
-    add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale (default: 4)")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance of both stages; 0 is off")
     add("--temperature", type=within(float, 0, 100), metavar="T", help="divides the logits")
-    add("--fine-temperature", type=within(float, 0, 100), metavar="T",
-        help="the same for stage 2 (default: as stage 1)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="(default: 0)")
-    add("--out", default="samples.png", help="a .png, .gif or .npz (default: samples.png)")
+    add("--out", default="samples.png", help="a .png (default: samples.png)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
 
     add = commands.add_parser("evaluate", help="print how good a model is").add_argument

@@ -93,20 +93,21 @@ def four_digits(numbers):
 
 
 class Study:
-    """Trains and measures models, and keeps both. data: a folder of pictures, or None."""
+    """Trains and measures models, and keeps both. data: a folder of pictures, or None. options:
+    more of train_tiny.py, for all models."""
 
-    def __init__(self, quick=False, data=None):
+    def __init__(self, quick=False, data=None, kind="study", iters=None, options=()):
         name = train_tiny.name_of(data)
-        self.data, self.images = data, train_tiny.Images(data, 32)
-        self.folder, self.figures = f"{HOME}/runs/study-{name}", f"{HOME}/study"
+        self.data, self.images, self.options = data, train_tiny.Images(data, 32), options
+        self.folder, self.figures = f"{HOME}/runs/{kind}-{name}", f"{HOME}/study"
         self.prefix, self.csv = (f"{name}-", f"{name}.csv") if data else ("", "study.csv")
         self.scales, self.seeds, self.most = [*SCALES], (0, 1), 64
         if data:
             self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 40
-        self.iters, self.n = train_tiny.PICTURES["iters"] if data else 1150, 2000
+        self.iters, self.n = iters or (train_tiny.PICTURES["iters"] if data else 1150), 2000
         self.judge_iters = None
         if quick:
-            self.folder = self.figures = f"{HOME}/runs/quick-{name}"
+            self.folder = self.figures = f"{HOME}/runs/quick-{kind}-{name}"
             self.iters, self.n, self.seeds, self.judge_iters = 20, 64, (0,), 20
         self.locked = train_tiny.lock(self.folder)
         self.held_out, self.labels = self.images.held_out(self.n)
@@ -125,7 +126,7 @@ class Study:
         out = f"{self.folder}/{name}"
         data = ["--data", self.data] if self.data else []
         train_tiny.main(["--config", "tiny", "--device", str(DEVICE), "--iters", str(self.iters),
-                         "--out", out, *data, *options])
+                         "--out", out, *data, *self.options, *options])
         return ckgen.load(f"{out}/checkpoint.pt", DEVICE)[:2]
 
     @functools.cache
