@@ -323,9 +323,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
-        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. Without a mask,
-        all see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values, and gets these.
-        """
+        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. No mask: all
+        see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values, and gets these."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
@@ -534,21 +533,14 @@ def draw(logits, temperature, generator=None):
     return (logits - temperature * noise.log()).argmax(-1)
 
 
-def guided_from(cfg_start, layout):
-    """The first step that is guided, counted from 0: cfg_start. If there are no more steps than
-    that, half of them (ours): otherwise none would be guided."""
-    total = len(layout.steps)
-    return cfg_start if cfg_start < total else total // 2
-
-
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook is (V, C). The first cfg_start steps are not guided, for the sake of diversity: five
     are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
-    If choose is given, it takes the place of `draw`: it makes codes (B, T) of guided logits
-    (B, T, V) and the cells (T,).
+    If there are no more steps than that, the second half is guided. If choose is given, it takes
+    the place of `draw`: it makes codes (B, T) of guided logits (B, T, V) and the cells (T,).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -558,7 +550,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # labels, tokens and caches hold the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-    cfg_start = guided_from(cfg_start, layout)
+    if cfg_start >= len(layout.steps):  # ours: otherwise none would be guided
+        cfg_start = len(layout.steps) // 2
     class_token, modulations = model.embed_class(labels)
     ropes = model.ropes(layout)
     codebook = codebook.to(class_token.dtype)
@@ -725,20 +718,15 @@ def reading(path):
     except Exception as error:
         if lacks_memory(error) or getattr(error, "errno", None):
             raise
-        reason = " ".join(str(error).split()).split(". ")[0][:300]
+        reason = " ".join(str(error).split()).split(". ")[0][:300] or "it ends too early"
         raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 
 
 def read(path):
     """The dictionary in a file of torch.save. Raises OSError or ValueError, as all that follow."""
     with open(path, "rb") as file, reading(path):
-        start = file.read(60)
-        if zipfile.is_zipfile(file):
-            archive = zipfile.ZipFile(file)  # torch can write it without checksums: all are 0
-            if archive.infolist()[0].CRC and archive.testzip():
-                raise ValueError("a checksum is wrong")
-        elif not start.startswith((b"PK", b"\x80")):  # half a zip, or a pickle of an old torch
-            raise ValueError(f"no checkpoint, but a file that starts with {start}")
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch does not look
+            raise ValueError("a checksum is wrong")
         file.seek(0)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the author's files hold one
             return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -944,15 +932,6 @@ def explain():
     print("\nNext: python train_tiny.py --scale 2 --steps 4")
 
 
-def kind_of_output(path):
-    """The extension of a file to be written, .png, .gif or .npz. Raises ValueError."""
-    kind = os.path.splitext(path)[1].lower()
-    folder = os.path.dirname(path) or "."
-    if kind not in (".png", ".gif", ".npz") or os.path.isdir(path) or not os.path.isdir(folder):
-        raise ValueError(f"--out {path}: not a .png, .gif or .npz file in a folder that exists")
-    return kind
-
-
 def picture_grid(rows, names=()):
     """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
     get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
@@ -986,24 +965,6 @@ def arrange(pictures, names):
     return picture_grid([pictures[i::k] for i in range(k)], names)
 
 
-def check_size(kind, n, side, names):
-    """Raises MemoryError or ValueError if n pictures will not fit into memory or into a file."""
-    blank = np.empty((n, side, side, 3), np.uint8)
-    if kind == ".gif" and max(arrange(blank, names).size) > 65535:
-        raise ValueError("--out: a .gif has at most 65,535 pixels a side; take fewer images")
-
-
-def save_pictures(file, kind, frames, names, settings):
-    """Write n pictures to an open file. frames holds them at each moment, (n, h, w, 3) uint8: all
-    are in a .gif, the last in a .png, or in an .npz with the settings."""
-    if kind == ".npz":
-        np.savez(file, arr_0=frames[-1], **settings)
-    elif kind == ".gif":
-        save_gif([arrange(pictures, names) for pictures in frames], file)
-    else:
-        arrange(frames[-1], names).save(file, "PNG")
-
-
 def class_numbers(wanted, names):
     """The numbers of classes that are wanted by name or by number. The one after the last is that
     of `none`. Raises ValueError."""
@@ -1016,7 +977,9 @@ def class_numbers(wanted, names):
 
 def sample_to_file(args):
     """Draw what the command line asks for, and write it. Raises ValueError or OSError."""
-    kind = kind_of_output(args.out)
+    kind = os.path.splitext(args.out)[1].lower()
+    if kind not in (".png", ".gif", ".npz"):
+        raise ValueError(f"--out {args.out}: not a .png, .gif or .npz file")
     device, dtype = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
     model, tokenizer, names, options = load(args.checkpoint, device, dtype)
@@ -1026,21 +989,25 @@ def sample_to_file(args):
     chosen = class_numbers(wanted, names)[:args.n]
     shown = [[*names, "none"][i] for i in chosen]
     n = args.n or 8 * len(chosen)
+    if kind == ".gif" and n > 250:  # 65,535 pixels a side
+        raise ValueError("--out: a .gif takes 250 images at most")
     P = options.pop("steps")  # those of each map
     layout = Layout(model.config.sizes, P, device)
-    options |= {"cfg_start": guided_from(args.cfg_start, layout), "seed": args.seed}
+    options |= {"cfg_start": args.cfg_start, "seed": args.seed}
 
     # The classes in turn, n labels in all.
-    check_size(kind, n, layout.sizes[-1] * tokenizer.config.stride, shown)
     labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)
         if kind == ".gif":
             frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
+            save_gif([arrange(pictures, shown) for pictures in frames], file)
         else:
-            frames = [decode_scale(tokenizer, codes, layout)]
-        settings = {"labels": labels.cpu(), "steps": P} | options
-        save_pictures(file, kind, frames, shown, settings)
+            pictures = decode_scale(tokenizer, codes, layout)
+            if kind == ".npz":
+                np.savez(file, arr_0=pictures, labels=labels.cpu(), steps=P, **options)
+            else:
+                arrange(pictures, shown).save(file, "PNG")
     print(f"{args.out}: {n} images, {len(layout.steps)} steps each, {options}")
 
 
@@ -1054,7 +1021,7 @@ def main(arguments=None):
     add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
         help="by name or number, in turn; none is no class (default: --n of them, or 16)")
-    add("--n", type=within(int, 1), help="number of images (default: 8 of each class)")
+    add("--n", type=within(int, 1, 10 ** 6), help="number of images (default: 8 of each class)")
     add("--steps", type=within(int, 1), metavar="P", help="steps a scale: fewer are faster")
     add("--cfg", type=within(float, 0, 1000), metavar="W",
         help="guidance: logits = cond + W (cond - uncond); 0 is off")

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import bfloat16, equal, float32
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributions import Categorical
@@ -503,27 +502,18 @@ def test_a_finished_run_stays_as_it_is_but_other_steps_draw_its_pictures_again(f
     assert changed == {"samples.png", "progress.gif", "pyramid.png", "steps"}
 
 
-def test_a_run_is_named_after_its_data(monkeypatch, refused):
-    monkeypatch.setattr(train_tiny, "lock", lambda folder: open(f"{folder}/none"))
+def test_a_run_is_named_after_its_data():
     for data, name in {"a/birds/train": "birds", "a/train/b/": "b", "cats": "cats"}.items():
-        refused(f"--data {data}", f"runs/{name}-2x/none")
+        assert train_tiny.name_of(data) == name
 
 
 def test_the_log_shows_the_loss_on_held_out_images(finished):
     log = np.genfromtxt(finished / "log.csv", delimiter=",", names=True)
     model, tokenizer, *_ = load(finished / "checkpoint.pt")
     images = train_tiny.Images(None, 16)  # of which 0-63 are trained on
-    codes = encode(tokenizer, images.read(range(64, 80)), SIZES)
-    layout = Layout(SIZES, 4)
+    codes, layout = encode(tokenizer, images.read(range(64, 80)), SIZES), Layout(SIZES, 4)
     logits = model(tokenizer.codebook()[codes], images.labels[64:], layout)
-    loss, *_ = loss_by_scale(logits, codes, layout)
-    assert len(log) == 12
-    close(log["held_out"][-1], loss)
-
-
-def test_every_seed_of_63_bits_draws_otherwise():
-    small, large = (train_tiny.seeded(Namespace(seed=seed), 2, 7) for seed in (5, 2 ** 63 - 1))
-    assert small.initial_seed() == 82_000_000_581 != large.initial_seed()
+    close(log["held_out"][11], loss_by_scale(logits, codes, layout)[0])
 
 
 @parametrize("option", ["init", "tokenizer"])
@@ -601,15 +591,6 @@ def test_reads_whatever_pillow_opens(monkeypatch):
         assert abs(shown[:, [0, 7]] - [[77], [255]]).max() <= 1, path
 
 
-def test_a_fault_of_the_disk_is_not_hidden_by_the_turning_of_a_picture(monkeypatch):
-    """Not even if the pixels can be read the second time: it would come out unturned."""
-    Image.new("RGB", (8, 8)).save("a.png")
-    load_pixels = Mock(side_effect=[OSError(5, "Input/output error"), None, None])
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load_pixels)
-    with pytest.raises(OSError, match="Input/output"):
-        train_tiny.read_picture("a.png", 8)
-
-
 def test_finds_what_ImageFolder_finds():
     """In the layout of Tiny ImageNet: at any depth, any extension that pillow opens, through links;
     nothing hidden, no text."""
@@ -663,18 +644,14 @@ def test_a_damaged_picture_is_named_and_another_of_its_class_is_taken(pictures, 
     refused("--data data --out run --iters 1", "over 1 % of the files are damaged")
 
 
-@parametrize("fault, times", [
-    (OSError(5, "Input/output error"), 1), (MemoryError(), 1), (OSError(24, "Too many files"), 99)])
-def test_a_fault_of_the_machine_leaves_no_wrong_code(fault, times, pictures, monkeypatch, refused):
-    """Reading is tried once more; then the run stops, and the next start goes on."""
+@parametrize("fault", [OSError(24, "Too many files"), MemoryError("allocate memory")])
+def test_a_fault_of_the_machine_leaves_no_wrong_code(fault, pictures, monkeypatch, refused):
+    """The run stops, and the next start goes on."""
     command = f"--data {pictures} --iters 1 --out"
     train(f"{command} whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", failing(Image.open, 60, fault, times))
-        if times > 1:
-            refused(f"{command} run", "[Errno 24] Too many files")
-        else:
-            assert train(f"{command} run") is None
+        patch.setattr(Image, "open", failing(Image.open, 60, fault, 99))
+        refused(f"{command} run", str(fault))
     train(f"{command} run")
     codes, whole = (next(Path(run).glob("codes-*.u16")) for run in ("run", "whole"))
     assert codes.read_bytes() == whole.read_bytes()
@@ -723,9 +700,6 @@ def test_toy_shapes_are_eight_classes_in_six_colours_always_the_same():
     assert equal(shapes, images.read(range(64))) and len(images.classes) == 8
     pixels = {(*pixel,) for pixel in shapes.movedim(1, -1).flatten(0, 2).tolist()}
     assert pixels > {*train_tiny.COLOURS}
-    luminance = (np.array(train_tiny.COLOURS) / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722]
-    lightness = 116 * luminance ** (1 / 3) - 16  # CIE L*
-    assert np.diff(lightness).min() > 10
 
 
 def test_a_refit_changes_the_codebook_alone_of_tokenizers_in_three_layouts(pictures):
@@ -823,23 +797,17 @@ def bad_files(finished):
     Path("empty.pt").touch()
     Path("half.pt").write_bytes(data[:1000])
     Path("altered.pt").write_bytes(data.replace(norm.numpy(), bytes(128)))
-    Path("pointer.pt").write_text("version https://git-lfs.github.com/spec/v1")
     shutil.copy(finished / "tokenizer.pt", "tokenizer.pt")
-    os.mkdir("folder.png")
     one_layer = {name: value for name, value in model.items() if "layers.1." not in name}
     changes = {"good": {},
                "evil": {"defaults": Evil()},
                "nan": {"model": model | {"norm.weight": norm * math.nan}},
-               "huge": {"config": config | {"sizes": (1, 10 ** 6)}},
                "small": {"config": config | {"layers": 1}, "model": one_layer},
-               "moved": {"options": state["options"] | {"pictures": 1}}}
+               "moved": {"options": state["options"] | {"pictures": 1}},
+               "no-options": {"options": None}}
     for name, change in changes.items():
         os.mkdir(name)
         torch.save(state | change, f"{name}/checkpoint.pt")
-    for key in ("classes", "tokenizer", "options"):
-        os.mkdir(f"no-{key}")
-        rest = {name: value for name, value in state.items() if name != key}
-        torch.save(rest, f"no-{key}/checkpoint.pt")
 
 
 BAD_INPUT = {
@@ -847,25 +815,18 @@ BAD_INPUT = {
     "ckgen altered.pt": "checksum",
     "ckgen evil/checkpoint.pt": "checkpoint.pt: damaged",
     "ckgen nan/checkpoint.pt": "not a finite number",
-    "ckgen huge/checkpoint.pt": "checkpoint.pt: damaged",
-    "ckgen no-classes/checkpoint.pt": "checkpoint.pt: damaged",
-    "ckgen no-tokenizer/checkpoint.pt": "checkpoint.pt: damaged",
-    "ckgen empty.pt": "no checkpoint, but a file that starts with b''",
-    "ckgen pointer.pt": "no checkpoint, but a file that starts with b'version https",
+    "ckgen empty.pt": "empty.pt: damaged",
     "ckgen tokenizer.pt": "not a checkpoint with a model to draw from",
     "ckgen missing.pt": "missing.pt",
     "ckgen good/checkpoint.pt --class dog": "--class dog: not among circle, ring",
     "ckgen good/checkpoint.pt --cfg nan": "nan is not from 0",
     "ckgen good/checkpoint.pt --out no/x.png": "no/x.png",
     "ckgen good/checkpoint.pt --out a.jpg": "a.jpg: not a .png, .gif or .npz file",
-    "ckgen good/checkpoint.pt --out folder.png": "folder.png: not a .png, .gif or .npz file",
-    f"ckgen good/checkpoint.pt --out {'x' * 250}.png": "File name too long",
-    "ckgen good/checkpoint.pt --n 6000 --out a.gif": "at most 65,535 pixels a side",
-    "ckgen good/checkpoint.pt --n 999999999 --out a.npz": "not enough memory",
+    "ckgen good/checkpoint.pt --n 6000 --out a.gif": "a .gif takes 250 images at most",
+    "ckgen good/checkpoint.pt --n 1000001 --out a.npz": "1000001 is not from",
     "ckgen --class star good/checkpoint.pt --out a.png": "options need a CHECKPOINT",
-    "ckgen --n 4": "options need a CHECKPOINT",
     "train_tiny --image-size 30": "multiple of 4",
-    "train_tiny --data good": "needs a folder of pictures for each class; found 0 pictures in 0 of 0",
+    "train_tiny --data good": "needs a folder of pictures for each class; found 0 pictures in 0",
     "train_tiny --data=": "No such file or directory: ''",
     "train_tiny --seed 9223372036854775808": "is not from 0 to",
     "train_tiny --init half.pt": "half.pt: damaged",
@@ -874,8 +835,6 @@ BAD_INPUT = {
     "train_tiny --out moved": "not the files that moved began with",
     "train_tiny --out no-options": "checkpoint.pt: damaged, or not for this program",
     "train_tiny --out good --seed 7": "--seed 0",
-    "train_tiny --out good --scale 4": "--scale 2",
-    "train_tiny --out good --lr 0.01": "--lr 0.006",
 }
 
 
@@ -904,7 +863,6 @@ def test_drives_without_locks_do_not_matter(error, monkeypatch):
 
 @parametrize("function, fault, complaint", [
     ("fcntl.flock", OSError(11, "locked"), "another process is at work"),
-    ("fcntl.flock", OSError(13, "locked"), "another process is at work"),
     ("os.replace", OSError(13, "it is open"), "it is open"),  # Windows
     ("torch.save", OSError(28, "No space left"), "No space left"),
     ("train_tiny.train_transformer", lambda *rest: torch.empty(2 ** 60), "not enough memory")])
@@ -922,23 +880,14 @@ def test_a_write_that_fails_leaves_the_old_file():
     assert Path("file").read_text() == "old" and os.listdir() == ["file"]
 
 
-def test_a_checkpoint_without_checksums_is_valid(finished):
-    state = read(finished / "checkpoint.pt")
-    torch.serialization.set_crc32_options(False)
-    torch.save(state, "a.pt")
-    torch.serialization.set_crc32_options(True)
-    assert not differences(read("a.pt"), state)
-
-
-def test_main_in_a_thread_and_through_closed_or_narrow_pipes(finished):
+def test_closed_or_narrow_pipes(finished):
     words = f"{finished}/checkpoint.pt --n 1 --device cpu --out"
-    ThreadPoolExecutor().submit(ckgen.main, f"{words} thread.png".split()).result()
     python = f"{sys.executable} {ckgen.__file__}"
     for line, code in {f"{python} | true": 141, f"{python} >&-": 0,
                        f"PYTHONIOENCODING=ascii {python} {words} \u00e9.png 2>&-": 0}.items():
         ran = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
         assert ran.returncode == code and not ran.stderr
-    assert {*os.listdir()} == {"thread.png", "\u00e9.png"}
+    assert os.listdir() == ["\u00e9.png"]
 
 
 # CUDA without a card ------------------------------------------------------------------------------

@@ -541,10 +541,7 @@ class Images:
             pictures = [np.array(draw_shape(number, self.side)) for number in numbers]
         else:
             with ThreadPoolExecutor() as pool:
-                try:
-                    pictures = list(pool.map(self.read_one, numbers))
-                except (OSError, MemoryError):  # a fault of the machine: once more
-                    pictures = list(pool.map(self.read_one, numbers))
+                pictures = list(pool.map(self.read_one, numbers))
         if len(self.damaged) > max(3, 0.01 * len(self.labels)):
             raise ValueError(f"--data: over 1 % of the files are damaged: {min(self.damaged)} ...")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
