@@ -14,10 +14,9 @@ continues a run that was stopped:
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
 
-Where this differs from the author's code, beside the README's table: pillow crops the pictures, not
-ADM's code; those below 64 pixels are taken whole, and mirrored; one in twenty is held out; batches
-are drawn with replacement; the first learning rate is not zero; a refit codebook follows moving
-averages, not Adam; pixels are rounded to 8 bits, not cut off.
+Beside the README's table, this differs from the author's code in that pillow crops the pictures,
+one in twenty is held out, batches are drawn with replacement, the first learning rate is not zero,
+and a refit codebook follows moving averages.
 
 SPDX-License-Identifier: MIT
 """
@@ -542,8 +541,6 @@ class Images:
         else:
             with ThreadPoolExecutor() as pool:
                 pictures = list(pool.map(self.read_one, numbers))
-        if len(self.damaged) > max(3, 0.01 * len(self.labels)):
-            raise ValueError(f"--data: over 1 % of the files are damaged: {min(self.damaged)} ...")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
@@ -748,12 +745,12 @@ def fill_options(args, dtype):
     if given.keys() >= {"init", "codes"}:
         raise ValueError("--codes: a model of --init needs the codebook that it was trained with")
     source = args.tokenizer or args.init
-    if source and not ckgen.load_tokenizer(source).config.channels:  # a small one, of a run
-        options["image_size"] = ckgen.read(source)["options"]["image_size"]
-    elif source and args.data:  # a VQGAN: the paper's epochs, see train_in_folder
-        options |= {"image_size": 256, "iters": None}
-    if args.tokenizer or args.init:
+    if source:
         options["codes"] = None  # its own
+        if ckgen.load_tokenizer(source).config.channels:  # a VQGAN: pictures and epochs as in the
+            options |= {"image_size": 256, "iters": None}  # paper, see train_in_folder
+        else:
+            options["image_size"] = ckgen.read(source)["options"]["image_size"]
     return options | given
 
 
