@@ -231,9 +231,9 @@ class Study:
             text.detach()
 
     def save(self, name, image):
-        """Write a figure."""
+        """Write a figure. WebP takes half of the bytes of PNG, without a loss."""
         with ckgen.write_whole(f"{self.figures}/{self.prefix}{name}") as file:
-            image.save(file, "PNG", optimize=True)
+            image.save(file, "WEBP", lossless=True, quality=100, method=6)
 
     def draw(self, model, P, labels, **options):
         """Samples (n, h, w, 3) of a Model."""
@@ -383,7 +383,7 @@ def idea(study):
         said = f"{number:.1f}" if study.data else f"{number:.0%}"
         rows.append(study.draw(Model(scale), P, labels))
         names.append(f"{SCALES[scale]}\n{steps} step{'s' * (steps > 1)}\n{quantity} {said}")
-    study.save("idea.png", labelled(rows, names, [study.images.classes[k] for k in labels]))
+    study.save("idea.webp", labelled(rows, names, [study.images.classes[k] for k in labels]))
 
 
 def classes(study):
@@ -397,7 +397,7 @@ def classes(study):
         real = study.held_out[study.labels == label][:8]
         decoded = evaluate.reconstruct(study.load(FIRST)[1], real).permute(0, 2, 3, 1)
         rows.append(np.concatenate([samples, np.full_like(samples[:1], 255), decoded]))
-    study.save("classes.png", labelled(rows, [names[label] for label in few]))
+    study.save("classes.webp", labelled(rows, [names[label] for label in few]))
 
 
 def steps(study):
@@ -430,7 +430,7 @@ def steps(study):
         ("nats a picture, all maps", found["all maps"], False),
         (title(study, "distance"), found["distance"], True),
         (title(study, "accuracy"), found["accuracy"], False))]
-    study.save("steps.png", stacked(plots[:2], plots[2:]))
+    study.save("steps.webp", stacked(plots[:2], plots[2:]))
 
 
 def entropy(study):
@@ -461,7 +461,7 @@ def entropy(study):
         grey = (1 - 2 * maps[:8] / darkest).expand(-1, 3, -1, -1)
         rows += [ckgen.to_uint8(grey), ckgen.decode_scale(tokenizer, codes[:8], layout)]
         names += [f"{SCALES[scale]}\nwhite: 0 nats\nblack: {darkest:.1f}", "sample"]
-    study.save("entropy.png", labelled(rows[:2] + rows[-2:], names[:2] + names[-2:]))
+    study.save("entropy.webp", labelled(rows[:2] + rows[-2:], names[:2] + names[-2:]))
 
 
 def say(study, name, model, P, quantities, **guidance):
@@ -501,7 +501,7 @@ def order(study):
         lines[name].append((P, *summary(found)))
     study.write_csv("order.csv", rows)
     drawn = plot("toy shapes, one map: held-out nats a token", "steps", lines)
-    study.save("order.png", Image.fromarray(drawn))
+    study.save("order.webp", Image.fromarray(drawn))
 
 
 CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, steps, entropy, mixing,
