@@ -152,8 +152,10 @@ def train_transformer(run, images, tokenizer, codes):
             losses = losses + loss.detach()
 
         # Update.
-        lr = set_learning_rates(run, optimizers, step)
+        lr = run.lr * lr_factor(run, step)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["times"]
             optimizer.step()
 
         # Log.
@@ -191,8 +193,8 @@ def make_model(run, tokenizer):
 
 
 def held_out_codes(run, images, tokenizer, every):
-    """Codes and labels of 32 held-out images, or of more that take a twentieth of the time, as a
-    forward pass is a third of a step. None if none is held out."""
+    """Codes and labels of 32 held-out images, or of more that take a twentieth of the time (forward
+    is a third of a step). None if none is held out."""
     if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
@@ -258,11 +260,11 @@ def draw_batch(run, images, codes, V, step):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024): momentum, then each matrix moves along the orthogonal matrix nearest to
-    it, found by five Newton-Schulz iterations. They are in float32: torch.optim.Muon's bfloat16
-    takes 25 times as long on a CPU without AVX-512."""
+    it, by five Newton-Schulz iterations, in float32: on a CPU without AVX-512, torch.optim.Muon's
+    bfloat16 takes 25 times as long."""
 
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, {"lr": lr})
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self):
@@ -287,25 +289,18 @@ def make_optimizers(model, run):
     """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
     the matrices between hidden features: not on embeddings, the head, RoPE or AdaLN."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
-    muon, groups = [], [{"params": [], "weight_decay": 0.01}, {"params": [], "weight_decay": 0.0}]
+    decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # times: of the learning rate
+    vectors = decayed | {"params": [], "weight_decay": 0.0}
+    muon = {"params": [], "times": run.muon}
     for name, p in model.named_parameters():
         if run.muon and p.ndim == 2 and hidden.search(name):
-            muon.append(p)
+            muon["params"].append(p)
         else:
-            groups[p.ndim < 2]["params"].append(p)
-    optimizers = [torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        optimizers.append(Muon(muon, run.lr * run.muon))
+            (decayed if p.ndim > 1 else vectors)["params"].append(p)
+    optimizers = [torch.optim.AdamW([decayed, vectors], betas=(0.9, 0.95), fused=True)]
+    if run.muon:
+        optimizers.append(Muon([muon]))
     return optimizers
-
-
-def set_learning_rates(run, optimizers, step):
-    """Set the learning rates of a step. Returns AdamW's, of which Muon's is a multiple."""
-    lr = run.lr * lr_factor(run, step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * run.muon if isinstance(optimizer, Muon) else lr
-    return lr
 
 
 def start_from(model, codebook, path):
@@ -319,10 +314,8 @@ def start_from(model, codebook, path):
     for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
         if own[name].shape != source[name].shape:
             source[name] = own[name]
-    try:
+    with ckgen.reading(path):
         model.load_state_dict(source)
-    except RuntimeError:
-        raise ValueError(f"--init {path}: its model has another size") from None
 
 
 def images_that_fit(run, config):

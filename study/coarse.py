@@ -157,8 +157,9 @@ def train_in_folder(args, options):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
         model.zero_grad()
         losses.sum().backward()
-        train_tiny.set_learning_rates(run, optimizers, step)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr * train_tiny.lr_factor(run, step) * group["times"]
             optimizer.step()
 
         last = step + 1 == run.iters
