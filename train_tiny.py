@@ -242,7 +242,7 @@ def draw_batch(run, images, codes, V, step):
     g, B = seeded(run, 2, step), images_of_step(run, step)
     numbers = torch.randint(len(codes), (B,), generator=g)
     views = torch.randint(codes.shape[1], (B,), generator=g)
-    x = torch.from_numpy(codes[numbers, views].astype(np.int64))                         # (B, L)
+    x = torch.from_numpy(codes[numbers.numpy(), views.numpy()].astype(np.int64))         # (B, L)
 
     # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
     y = images.labels[numbers].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
@@ -574,13 +574,15 @@ class Images:
 def find_pictures(folder):
     """The pictures below each class folder at any depth, as torchvision's ImageFolder finds them,
     {name: bytes}, and the number of other files. What is hidden is left out."""
-    kinds, pictures, others = Image.registered_extensions(), {}, 0
+    kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
 
     def fail(error):
         raise error
 
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
-        inner[:] = [name for name in inner if name[0] != "."]
+        real = {name: os.path.realpath(f"{place}/{name}") for name in inner if name[0] != "."}
+        inner[:] = [name for name in real if real[name] not in seen]  # links may lead in circles
+        seen.update(real.values())
         if ".lock" in names:  # the folder of a run: its pictures are our own
             inner.clear()
             names.clear()
