@@ -665,7 +665,8 @@ def test_a_fault_of_the_machine_leaves_no_wrong_code(fault, pictures, monkeypatc
 @parametrize("size, scale, views", [(16, 2, [4, 9]), (64, 4, range(10))])
 def test_the_codes_are_those_of_all_views(size, scale, views, pictures):
     """Small pictures are taken whole, as they are and mirrored; of larger ones ten crops."""
-    train(f"--data {pictures} --iters 1 --batch-size 1 --image-size {size} --scale {scale} --out run")
+    train(f"--data {pictures} --iters 1 --batch-size 1 --image-size {size} --scale {scale} "
+          "--out run")
     images = train_tiny.Images(pictures, size)
     whole = images.read(range(images.train))
     tokenizer, sizes = load_tokenizer("run/tokenizer.pt"), scale_sizes(size // 4, scale)
