@@ -479,8 +479,7 @@ def append_codes(path, run, images, tokenizer):
     with open(path, "ab") as file:
         first = file.tell() // bytes_of_one
         file.truncate(first * bytes_of_one)
-        for start in tqdm(range(first, images.train, 32), "coding images", unit="batch",
-                          initial=first // 32, total=images.train // 32):
+        for start in tqdm(range(first, images.train, 32), "coding images", unit="batch"):
             pictures = images.read(range(start, min(start + 32, images.train)))
             coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
                      for view in images.views]                              # (32, L) each
@@ -512,9 +511,8 @@ class Images:
             pictures, others = find_pictures(folder)
             names, self.train = hold_out(pictures)
             classes, labels = np.unique([name.split("/")[0] for name in names], return_inverse=True)
-            folders = sum(entry.is_dir() for entry in os.scandir(folder))
-            self.found = (f"{len(names):,} pictures in {len(classes)} of {folders} class folders, "
-                          f"beside {others:,} other files")
+            self.found = (f"{len(names):,} pictures in {len(classes)} class folders, beside "
+                          f"{others:,} other files")
             if not names:
                 raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
                                  f"found {self.found}")
