@@ -336,7 +336,7 @@ def test_speed_measures_drawing_decoding_and_training(monkeypatch, capsys):
 def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
     for module, words in ((train_tiny, f"--config tiny --iters 2 --out {tmp_path}"),
                           (evaluate, f"{tmp_path}/checkpoint.pt"),
-                          (complete, f"{tmp_path}/checkpoint.pt --n 1 --candidates 2 --out {tmp_path}/a.png"),
+                          (complete, f"{tmp_path}/checkpoint.pt --n 1 --out {tmp_path}/a.png"),
                           (coarse, f"train {tmp_path} --clusters 4"),
                           (coarse, f"evaluate {tmp_path}/coarse-4.pt"),
                           (coarse, f"draw {tmp_path}/coarse-4.pt --out {tmp_path}/b.png")):
