@@ -11,7 +11,8 @@ map, all at once.
     Sec. 3.1, Fig. 2           blocks, steps, mask            Layout
     Sec. 3.3                   codes, code vectors, latents   Tokenizer
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
-    Sec. 3.1, 3.3, Eq. 1       z_up, inputs, AdaLN, loss      upsample, Checkerboard, loss_by_scale
+    Sec. 3.1, 3.3              AdaLN, transformer             Layer, Checkerboard.transform
+    Sec. 3.1, 3.3, Eq. 1       z_up, inputs, loss             upsample, Checkerboard, loss_by_scale
     Sec. 3.1, 4.1              sampling, guidance             sample
     Fig. 1                     what each step adds            progress_frames
 
@@ -34,7 +35,7 @@ each map, T tokens of one call; a map has n x n cells, the finest N x N. A seque
 the class token comes first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none;
 where others write uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the author's
 released models do where the paper leaves it open or says otherwise, "ours" what is chosen here.
-Parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
+Most parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
@@ -123,8 +124,8 @@ class Layout:
     If P does not divide n * n, block sizes differ by one, larger ones first (ours). Token j of a
     block reads cell j of the previous block (Eq. 1). If that is one cell longer, no token reads the
     extra cell, nor does any token read the last block of a scale: later tokens learn of these codes
-    from z_up of the next scale only. Of a 4x4 map with P = 4, cells 0-15 row by row, step 1 draws
-    0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    from z_up of the next scale only. Of a 4x4 map alone, with P = 4, step 1 draws cells 0 10 2 8,
+    and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
     No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
     with any P. How often which one: see draw_batch in train_tiny.py.
@@ -256,7 +257,7 @@ def small_pair(config):
 @dataclass(frozen=True)
 class Config:
     """Sizes of a Checkerboard. The defaults are tiny's (1.3M parameters). The paper's S has width
-    512, 12 layers, 16 heads (58M); L has 1024, 20, 16 (368M; Table 1 says 343M)."""
+    512, 12 layers, 16 heads (58M); L has 1024, 20, 16 (368M by our count; Table 1 says 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
     codes: int = 256        # V
@@ -280,10 +281,10 @@ def rope_table(sizes, head_width):
     released. RoPE turns elements i and i + d/2 as a pair. Both start with the same angle, which
     makes it a rotation (ours). Training may part them, as released.
 
-    7/16 of the pairs turn with x, 7/16 with y, 1/8 with the scale: pair i of k by x N^(-2i/k), by
-    y N^(-2i/k), and in map m = 0, 1 ... by (m + 1) pi/2 10^(-i/k), as released. x and y are those
-    of a cell's centre, in cells of the finest map (ours). The last two rows are those of CLASS and
-    EMPTY, and start with angle 0.
+    About 7/16 of the pairs turn with x, 7/16 with y, 1/8 with the scale, as released. Pair i of the
+    k pairs of x has the angle x N^(-2i/k), those of y likewise; pair i of k of the scale has, in
+    map m = 0, 1 ..., (m + 1) pi/2 10^(-i/k). x and y are those of a cell's centre, in cells of the
+    finest map (ours). The last two rows are those of CLASS and EMPTY, and start with angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -323,8 +324,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
-        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. No mask: all
-        see all. cache (2, B, H, 1+L, d) holds earlier tokens' keys and values, and gets these."""
+        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T):
+        which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: their
+        keys and values are written into it, and all up to theirs are read."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
@@ -408,15 +410,15 @@ class Checkerboard(nn.Module):
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha: 1/2
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha 1/2
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)
         self.init_weights()
 
     def init_weights(self):
-        """Initialise what differs from torch's defaults. The standard deviation is as released; the
-        modulations are ours: a factor of 1 and a shift of 0 leave RMSNorm as it is."""
+        """Initialise what differs from torch's defaults: matrices of the layers as released, and
+        modulations as ours, a factor of 1 and a shift of 0, which leave RMSNorm as it is."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
@@ -458,7 +460,7 @@ class Checkerboard(nn.Module):
 
     def inputs(self, z, z_up, layout, start, end):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), of z and z_up (B, L, C). Each is made
-        of four parts, in the released order (the paper has 2, 4, 1, 3; it only permutes W_proj):
+        of four parts, in the released order (the paper's is 2, 4, 1, 3: columns of W_proj):
 
             1  pos[b_i]             where the cell lies that is predicted
             2  MLP(z_up[b_i])       what the coarser map shows there
@@ -492,8 +494,8 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z, the z of codes of which some are replaced
-        at random, so that the model does not trust the coarser map blindly (as released)."""
+        order of layout.cell[1:]. z_up is made of noisy_z (None: z), the z of codes of which some
+        are replaced, so that the model does not trust the coarser map blindly (as released)."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -537,8 +539,8 @@ def draw(logits, temperature, generator=None):
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
-    codebook is (V, C). The first cfg_start steps are not guided, for the sake of diversity: five
-    are the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
+    codebook is the tokenizer's. The first cfg_start steps are not guided, for diversity: five are
+    the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
     If there are no more steps than that, the second half is guided. If choose is given, it takes
     the place of `draw`: it makes codes (B, T) of guided logits (B, T, V) and the cells (T,).
 
@@ -718,12 +720,12 @@ def reading(path):
     except Exception as error:
         if lacks_memory(error) or getattr(error, "errno", None):
             raise
-        reason = " ".join(str(error).split()).split(". ")[0][:300] or "it ends too early"
+        reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
         raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 
 
 def read(path):
-    """The dictionary in a file of torch.save. Raises OSError or ValueError, as all that follow."""
+    """The dictionary in a file of torch.save. Raises OSError or ValueError, as both `load` do."""
     with open(path, "rb") as file, reading(path):
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch does not look
             raise ValueError("a checksum is wrong")

@@ -77,7 +77,7 @@ VALUES = {  #          tiny, S, L
     "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's
     "muon":            (5.0, 0.0, 0.0),      # Muon's, times AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
-    "epochs":          (0, 110, 206),        # L: 200 + 5, and 5 at five batches a step count as 1
+    "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in the steps of one
     "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
     "last_batches":    ((), (), (205, 5)),   # after which epoch a step takes how many batches
 }
@@ -89,7 +89,7 @@ SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 
 def epochs_after(run, step):
-    """Where a run stands after a step, in its recipe's epochs, which fit the run's length."""
+    """The epoch reached after a step. The recipe's epochs are stretched over the run's steps."""
     return (step + 1) / run.iters * run.epochs
 
 
@@ -119,7 +119,7 @@ def seeded(run, stage, step):
 
 def train_transformer(run, images, tokenizer, codes):
     """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps. Views are crops
-    and mirror images, see Images."""
+    and mirror images, see Images. run: recipe and options, see make_run and train_in_folder."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     model = make_model(run, tokenizer).to(device)
@@ -158,7 +158,7 @@ def train_transformer(run, images, tokenizer, codes):
                 group["lr"] = lr * group["times"]
             optimizer.step()
 
-        # Log.
+        # Log. The loss on held-out images is that of true classes and codes, with the P to draw by.
         if (step + 1) % every and step + 1 < run.iters:
             continue
         means = (losses / (step % every + 1)).tolist()
@@ -188,7 +188,7 @@ def make_model(run, tokenizer):
     model = Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
                                 run.layers, run.heads, run.ffn))
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):
-        start_from(model, tokenizer.codebook(), run.init)
+        start_from(model, tokenizer, run.init)
     return model
 
 
@@ -259,8 +259,8 @@ def draw_batch(run, images, codes, V, step):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024): momentum, then each matrix moves along the orthogonal matrix nearest to
-    it, by five Newton-Schulz iterations, in float32: on a CPU without AVX-512, torch.optim.Muon's
+    """Muon (Jordan 2024): momentum, then each matrix moves by the orthogonal matrix nearest to
+    that, by five Newton-Schulz iterations, in float32: on a CPU without AVX-512, torch.optim.Muon's
     bfloat16 takes 25 times as long."""
 
     def __init__(self, matrices):
@@ -287,7 +287,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, run):
     """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
-    the matrices between hidden features: not on embeddings, the head, RoPE or AdaLN."""
+    the matrices of attention, feed-forward and Eq. 1: not on tables, the head or AdaLN."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
     decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # times: of the learning rate
     vectors = decayed | {"params": [], "weight_decay": 0.0}
@@ -303,12 +303,12 @@ def make_optimizers(model, run):
     return optimizers
 
 
-def start_from(model, codebook, path):
+def start_from(model, tokenizer, path):
     """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
     Tables of other positions or of another number of classes keep their own start (as released).
     Raises ValueError if the rest differs."""
-    source, tokenizer, *_ = ckgen.load(path)
-    if not torch.equal(tokenizer.codebook(), codebook.cpu()):
+    source, its_tokenizer, *_ = ckgen.load(path)
+    if not torch.equal(its_tokenizer.codebook_weight, tokenizer.codebook_weight.cpu()):
         raise ValueError(f"--init {path}: its tokenizer has another codebook")
     own, source = model.state_dict(), source.state_dict()
     for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
