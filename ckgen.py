@@ -410,7 +410,7 @@ class Checkerboard(nn.Module):
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha 1/2
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # of alpha
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)

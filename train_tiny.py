@@ -15,8 +15,8 @@ All random draws of step t come from a generator seeded with (seed, stage, t). S
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
 
 Beside the README's table, this differs from the author's code in that pillow crops the pictures,
-one in twenty is held out, batches are drawn with replacement, the first learning rate is not zero,
-and a refit codebook follows moving averages.
+one in twenty, 2000 at most, is held out, batches are drawn with replacement, the first learning
+rate is not zero, and a refit codebook follows moving averages.
 
 SPDX-License-Identifier: MIT
 """
