@@ -410,7 +410,7 @@ class Checkerboard(nn.Module):
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # of alpha
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # logits
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.lm_head = nn.Linear(D, config.codes)
@@ -980,7 +980,7 @@ def class_numbers(wanted, names):
 def sample_to_file(args):
     """Draw what the command line asks for, and write it. Raises ValueError or OSError."""
     kind = os.path.splitext(args.out)[1].lower()
-    if kind not in (".png", ".gif", ".npz"):
+    if kind not in (".png", ".gif", ".npz") or os.path.isdir(args.out):
         raise ValueError(f"--out {args.out}: not a .png, .gif or .npz file")
     device, dtype = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else dtype

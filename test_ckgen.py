@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import bfloat16, equal, float32
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributions import Categorical
@@ -495,7 +495,9 @@ def test_a_stopped_run_goes_on_to_the_same_files(name, call, finished, monkeypat
 
 def test_a_finished_run_stays_as_it_is_but_other_steps_draw_its_pictures_again(finished, refused):
     shutil.copytree(finished, "run")
+    before = times_of_change()
     train("--out run")
+    assert before == times_of_change()
     with train_tiny.lock("run"):
         refused("--out run", "another process")
     assert not differences(contents("run"), contents(finished))
@@ -586,6 +588,15 @@ def test_reads_whatever_pillow_opens(monkeypatch):
     for path in os.listdir():
         shown = np.array(train_tiny.read_picture(path, 8), int)
         assert abs(shown[:, [0, 7]] - [[77], [255]]).max() <= 1, path
+
+
+def test_a_fault_of_the_disk_is_not_hidden_by_the_turning_of_a_picture(monkeypatch):
+    """Not even if the pixels can be read the second time: it would come out unturned."""
+    Image.new("RGB", (8, 8)).save("a.png")
+    load_pixels = Mock(side_effect=[OSError(5, "Input/output error"), None, None])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_pixels)
+    with pytest.raises(OSError, match="Input/output"):
+        train_tiny.read_picture("a.png", 8)
 
 
 def test_finds_what_ImageFolder_finds():
@@ -777,6 +788,7 @@ FIGURE_3 = """
 def test_explains_itself(capsys):
     ckgen.main([])
     said = capsys.readouterr().out
+    assert "step 6: draws [5, 15, 7, 13], reads [-1, -1, -1, -1]" in said
     assert FIGURE_3 in said and "step 7: draws [10, 20, 12, 18], reads [5, 15, 7, 13]" in said
     assert "first of step 7 predicts the code of cell 10" in said and "pos[5]" in said
     assert said.count("##") == Layout(SIZES, 4).mask.sum() + 1  # and the sentence above
@@ -796,6 +808,7 @@ def bad_files(finished):
     Path("half.pt").write_bytes(data[:1000])
     Path("altered.pt").write_bytes(data.replace(norm.numpy(), bytes(128)))
     shutil.copy(finished / "tokenizer.pt", "tokenizer.pt")
+    os.mkdir("folder.png")
     one_layer = {name: value for name, value in model.items() if "layers.1." not in name}
     changes = {"good": {},
                "evil": {"defaults": Evil()},
@@ -819,6 +832,7 @@ BAD_INPUT = {
     "ckgen good/checkpoint.pt --cfg nan": "nan is not from 0",
     "ckgen good/checkpoint.pt --out no/x.png": "no/x.png",
     "ckgen good/checkpoint.pt --out a.jpg": "a.jpg: not a .png, .gif or .npz file",
+    "ckgen good/checkpoint.pt --out folder.png": "folder.png: not a .png, .gif or .npz file",
     "ckgen good/checkpoint.pt --n 6000 --out a.gif": "a .gif takes 250 images at most",
     "ckgen --class star good/checkpoint.pt --out a.png": "options need a CHECKPOINT",
     "train_tiny --image-size 30": "multiple of 4",
@@ -858,6 +872,7 @@ def test_drives_without_locks_do_not_matter(error, monkeypatch):
 
 @parametrize("function, fault, complaint", [
     ("fcntl.flock", OSError(11, "locked"), "another process is at work"),
+    ("fcntl.flock", OSError(13, "locked"), "another process is at work"),
     ("os.replace", OSError(13, "it is open"), "it is open"),  # Windows
     ("torch.save", OSError(28, "No space left"), "No space left"),
     ("train_tiny.train_transformer", lambda *rest: torch.empty(2 ** 60), "not enough memory")])

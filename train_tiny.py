@@ -152,10 +152,8 @@ def train_transformer(run, images, tokenizer, codes):
             losses = losses + loss.detach()
 
         # Update.
-        lr = run.lr * lr_factor(run, step)
+        lr = set_learning_rates(run, optimizers, step)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["times"]
             optimizer.step()
 
         # Log. The loss on held-out images is that of true classes and codes, with the P to draw by.
@@ -179,14 +177,20 @@ def train_transformer(run, images, tokenizer, codes):
             save(path, run, model, optimizers, tokenizer, step + 1, log)
             saved = time.monotonic()
             cost = saved - start
-    save(path, run, model, optimizers, tokenizer, run.iters, log)
+    if first < run.iters or run.redraw:
+        save(path, run, model, optimizers, tokenizer, run.iters, log)
+
+
+def model_config(run, tokenizer):
+    """The Config of a run's model, for the codes of this tokenizer."""
+    return Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width, run.layers,
+                  run.heads, run.ffn)
 
 
 def make_model(run, tokenizer):
     """A model for the codes of this tokenizer: that of --init, or one with random weights."""
     torch.manual_seed(run.seed)
-    model = Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
-                                run.layers, run.heads, run.ffn))
+    model = Checkerboard(model_config(run, tokenizer))
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):
         start_from(model, tokenizer, run.init)
     return model
@@ -303,6 +307,15 @@ def make_optimizers(model, run):
     return optimizers
 
 
+def set_learning_rates(run, optimizers, step):
+    """Set the learning rates of a step. Returns AdamW's, of which Muon's is a multiple."""
+    lr = run.lr * lr_factor(run, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["times"]
+    return lr
+
+
 def start_from(model, tokenizer, path):
     """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
     Tables of other positions or of another number of classes keep their own start (as released).
@@ -366,14 +379,15 @@ def start_tokenizer(run):
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
     torch.manual_seed(run.seed)
-    return ckgen.load_tokenizer(given) if given else Tokenizer(TokenizerConfig(run.codes))
+    if given:
+        return ckgen.load_tokenizer(given, run.device)
+    return Tokenizer(TokenizerConfig(run.codes)).to(run.device)
 
 
 def make_tokenizer(run, images, tokenizer):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
     path = f"{run.out}/tokenizer.pt"
     if RANK == 0 and not os.path.exists(path):
-        tokenizer.to(run.device)
         if run.codes:  # else the given codebook stays
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
             train_codebook = refit_codebook if run.tokenizer else train_tokenizer
@@ -750,7 +764,7 @@ def fill_options(args, dtype):
 def make_run(options, out, P, device, dtype):
     """All that the stages need to know of a run: recipe, options, device, how to draw pictures."""
     run = argparse.Namespace(**RECIPES[options["config"]] | options, options=options, device=device,
-                             dtype=dtype, out=out)
+                             dtype=dtype, out=out, redraw=P is not None)
     run.defaults = {"steps": P or 4, "cfg": 1.5, "temperature": 1.0}
     if not run.data:  # more guidance mixes the colours of toy shapes
         run.defaults |= {"cfg": 0.5, "temperature": 0.5}

@@ -137,8 +137,8 @@ def train_in_folder(args, options):
     codes = train_tiny.code_images(run, images, tokenizer)
 
     codebook = tokenizer.codebook()                                      # (V, C)
-    config = train_tiny.make_model(run, tokenizer).config
-    model = CoarseToFine(config, args.clusters)
+    torch.manual_seed(run.seed)
+    model = CoarseToFine(train_tiny.model_config(run, tokenizer), args.clusters)
     model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
     model.to(device)
     optimizers = train_tiny.make_optimizers(model, run)
@@ -157,9 +157,8 @@ def train_in_folder(args, options):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
         model.zero_grad()
         losses.sum().backward()
+        train_tiny.set_learning_rates(run, optimizers, step)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = run.lr * train_tiny.lr_factor(run, step) * group["times"]
             optimizer.step()
 
         last = step + 1 == run.iters
@@ -234,8 +233,8 @@ def compare(args):
     """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
     sampling, at several temperatures. Writes coarse.csv, or of pictures cifar10-coarse.csv."""
     # Pictures take half of their recipe's steps, since two stages cost as much as two models.
-    study = Study(args.quick, args.data, "coarse", 1800 if args.data else 1150,
-                  ["--codes", "1024"])
+    iters = train_tiny.PICTURES["iters"] // 2 if args.data else None
+    study = Study(args.quick, args.data, "coarse", iters, ["--codes", "1024"])
     layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE)
     labels %= len(study.images.classes)
     network, tokenizer = study.load(FIRST)
