@@ -718,8 +718,8 @@ def reading(path):
     try:
         yield
     except Exception as error:
-        if lacks_memory(error) or getattr(error, "errno", None):
-            raise
+        if lacks_memory(error) or getattr(error, "errno", None) not in (None, 22):
+            raise  # 22 is what a damaged JPEG 2000 raises
         reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
         raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 

@@ -13,18 +13,12 @@ continues a run that was stopped:
 
 All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
 stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
-
-Beside the README's table, this differs from the author's code in that pillow crops the pictures,
-one in twenty, 2000 at most, is held out, batches are drawn with replacement, the first learning
-rate is not zero, and a refit codebook follows moving averages.
-
-SPDX-License-Identifier: MIT
 """
+# SPDX-License-Identifier: MIT
 
 import argparse
 import atexit
 import contextlib
-import errno
 import functools
 import math
 import os
@@ -53,7 +47,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-Image.MAX_IMAGE_PIXELS = 5 * 10 ** 8  # pillow refuses what has twice as many, a gigapixel
+Image.MAX_IMAGE_PIXELS = 500_000_000  # pillow refuses what has twice as many, a gigapixel
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -61,7 +55,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 #
 # Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec. 4.1; warm-up and
 # S's first drop as released). Without a VQGAN they train for `iters` steps, and warm-up and drops
-# keep their share of the run.
+# keep their share of the run. Ours, beside what the README's table names: pillow crops the images,
+# one in twenty is held out, batches are drawn with replacement, the first learning rate is not 0,
+# and a refit codebook follows moving averages.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -81,9 +77,9 @@ VALUES = {  #          tiny, S, L
     "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
     "last_batches":    ((), (), (205, 5)),   # after which epoch a step takes how many batches
 }
-RECIPES = {name: {key: row[column] for key, row in VALUES.items()}
-           for column, name in enumerate(("tiny", "S", "L"))}
-# What tiny changes for pictures: half an hour to an hour of a CPU. S and L are as above, untried.
+RECIPES = {name: dict(zip(VALUES, values))
+           for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
+# What tiny changes for pictures: an hour or so of a CPU. S and L are as above, untried.
 PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
@@ -99,8 +95,7 @@ def lr_factor(run, step):
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
     epoch = epochs_after(run, step)
-    warmup = min(1, epoch)
-    return min([warmup] + [factor for start, factor in run.drops if epoch > start])
+    return min(1, epoch, *(factor for start, factor in run.drops if epoch > start))
 
 
 def images_of_step(run, step):
@@ -119,7 +114,7 @@ def seeded(run, stage, step):
 
 def train_transformer(run, images, tokenizer, codes):
     """Train on codes (images, views, L) until checkpoint.pt holds run.iters steps. Views are crops
-    and mirror images, see Images. run: recipe and options, see make_run and train_in_folder."""
+    and mirror images, see Images. run: recipe and options, see make_run and train."""
     device, path = run.device, f"{run.out}/checkpoint.pt"
     codebook = tokenizer.codebook()                                         # (V, C)
     model = make_model(run, tokenizer).to(device)
@@ -130,11 +125,11 @@ def train_transformer(run, images, tokenizer, codes):
         first, log = state["step"], state["log"]
     parallel = DistributedDataParallel(model) if WORLD > 1 else model
     layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
-    at_once = images_that_fit(run, model.config)
+    at_once = images_that_fit(run, model)
     autocast = torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
-    held_out = held_out_codes(run, images, tokenizer, every)
-    losses, saved, cost = 0, time.monotonic(), 0.0
+    held_out = held_out_tokens(run, images, tokenizer, every)
+    losses, next_save = 0, time.monotonic() + 60
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
@@ -161,22 +156,19 @@ def train_transformer(run, images, tokenizer, codes):
             continue
         means = (losses / (step % every + 1)).tolist()
         losses = 0
-        of_held_out = math.nan
-        if held_out:
-            with autocast:
-                of_held_out = held_out_loss(model, codebook, *held_out,
-                                            layout_of(run.defaults["steps"]))[0].item()
+        with autocast:
+            of_held_out = held_out_loss(model, *held_out)[0].item() if held_out else math.nan
         log.append([step + 1, lr, of_held_out, *means])
         bar.set_postfix(loss=f"{means[0]:.4f}", held_out=f"{of_held_out:.4f}")
         if not math.isfinite(means[0]):
             raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
 
         # Save. Checkpoints and pictures take a twentieth of the time at most.
-        if time.monotonic() - saved > max(60, 20 * cost):
-            start = time.monotonic()
+        start = time.monotonic()
+        if start > next_save:
             save(path, run, model, optimizers, tokenizer, step + 1, log)
-            saved = time.monotonic()
-            cost = saved - start
+            end = time.monotonic()
+            next_save = end + max(60, 20 * (end - start))
     if first < run.iters or run.redraw:
         save(path, run, model, optimizers, tokenizer, run.iters, log)
 
@@ -196,13 +188,14 @@ def make_model(run, tokenizer):
     return model
 
 
-def held_out_codes(run, images, tokenizer, every):
-    """Codes and labels of 32 held-out images, or of more that take a twentieth of the time (forward
-    is a third of a step). None if none is held out."""
+def held_out_tokens(run, images, tokenizer, every):
+    """What held_out_loss takes, of 32 held-out images, or of more that take a twentieth of the time
+    (forward is a third of a step). None if none is held out."""
     if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
-    return encode(tokenizer, pictures, run.sizes), labels
+    layout = Layout(run.sizes, run.defaults["steps"], run.device)
+    return tokenizer.codebook(), encode(tokenizer, pictures, run.sizes), labels, layout
 
 
 def save(path, run, model, optimizers, tokenizer, step, log):
@@ -331,14 +324,14 @@ def start_from(model, tokenizer, path):
         model.load_state_dict(source)
 
 
-def images_that_fit(run, config):
-    """How many images a forward and backward takes at once: a batch, or as many as the memory of
-    a CUDA card holds. A token takes so many bytes, and a weight 16 (counted)."""
-    batch = run.batch_size // WORLD
+def images_that_fit(run, model):
+    """How many images a forward and backward takes at once: a batch, or as many as a CUDA card
+    holds. A token takes so many bytes (counted), and a weight 16, with gradient and averages."""
+    batch, config = run.batch_size // WORLD, model.config
     if run.device.type != "cuda":
         return batch
-    token = run.dtype.itemsize * (36 * run.layers * run.width + 9 * config.codes)
-    weights = 16 * run.layers * run.width * (8 * run.width + 3 * run.ffn)
+    token = run.dtype.itemsize * (36 * config.layers * config.width + 9 * config.codes)
+    weights = 16 * sum(p.numel() for p in model.parameters())
     room = 0.8 * torch.cuda.mem_get_info(run.device)[1] - weights
     return max(1, min(batch, int(room / token / (1 + config.length))))
 
@@ -355,7 +348,7 @@ def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
     first eight after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
     every = math.ceil(len(run.classes) / 16)
-    labels = torch.arange(len(run.classes), device=run.device)[::every].repeat(8)
+    labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
     options = dict(run.defaults)
     layout = Layout(run.sizes, options.pop("steps"), run.device)
     codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
@@ -404,7 +397,8 @@ def make_tokenizer(run, images, tokenizer):
 def train_tokenizer(run, images, tokenizer):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
     itself. It begins as a plain autoencoder; once latents are good, the codebook follows them."""
-    iters, plain = run.tokenizer_iters, run.tokenizer_iters * 15 // 100
+    iters = run.tokenizer_iters
+    plain = iters * 15 // 100
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
     bar = tqdm(range(iters), "tokenizer", unit="step")
     for step in bar:
@@ -537,7 +531,7 @@ class Images:
             if size >= 64:
                 self.views, self.side = range(10), round(size * 281 / 256)  # 281: as released
             identity = "\n".join(f"{name} {pictures[name]}" for name in names)
-        self.fingerprint = checksum(identity)
+        self.fingerprint = zlib.crc32(os.fsencode(identity))
 
     def read(self, numbers):
         """Pictures (k, 3, side, side), uint8."""
@@ -549,18 +543,15 @@ class Images:
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
     def read_one(self, number):
-        """A file as (side, side, 3). A damaged one is named, and a training picture of its class is
-        taken. An error that has an errno is the machine's, and raised."""
+        """A file as (side, side, 3); for a damaged one, a training picture of its class."""
         for other in self.alike(number):
             path = self.paths[other]
             try:
-                return np.array(read_picture(path, self.side))
-            except Exception as error:  # a damaged file can raise anything
-                no_fault = (None, errno.EINVAL)  # EINVAL: JPEG 2000's
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) not in no_fault:
-                    raise
+                with ckgen.reading(path):
+                    return np.array(read_picture(path, self.side))
+            except ValueError as error:
                 if path not in self.damaged:
-                    tqdm.write(f"{path!r}: damaged, another is taken: {error}", sys.stderr)
+                    tqdm.write(f"{error}; another is taken", sys.stderr)
                 self.damaged.add(path)
         raise ValueError(f"--data: {path} is damaged, and so is all that could replace it")
 
@@ -586,19 +577,19 @@ class Images:
 def find_pictures(folder):
     """The pictures below each class folder at any depth, as torchvision's ImageFolder finds them,
     {name: bytes}, and the number of other files. What is hidden is left out."""
-    kinds, pictures, others, seen = Image.registered_extensions(), {}, 0, {os.path.realpath(folder)}
+    kinds, pictures, others = Image.registered_extensions(), {}, 0
 
     def fail(error):
         raise error
 
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = {name: os.path.realpath(f"{place}/{name}") for name in inner if name[0] != "."}
-        inner[:] = [name for name in real if real[name] not in seen]  # links may lead in circles
-        seen.update(real.values())
-        if ".lock" in names:  # the folder of a run: its pictures are our own
+        place = Path(place)
+        # Links may lead in circles. A run has a lock in its folder: its pictures are our own.
+        if place.resolve() in map(Path.resolve, place.parents) or ".lock" in names:
             inner.clear()
-            names.clear()
-        for file in (Path(place, name) for name in names):
+            continue
+        inner[:] = [name for name in inner if name[0] != "."]
+        for file in map(place.joinpath, names):
             relative = file.relative_to(folder)
             readable = kinds.get(file.suffix.lower()) in Image.OPEN and file.name[0] != "."
             if len(relative.parts) > 1 and readable and file.is_file():
@@ -619,18 +610,14 @@ def class_names(folder, classes):
     return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
 
 
-def checksum(text):
-    """A number of 32 bits."""
-    return zlib.crc32(text.encode(errors="surrogateescape"))
-
-
 def hold_out(names):
     """The names of all files in an order of their own, those to train on first; and how many those
     are. One in twenty is held out, but never the last of a class. As its name decides, a file that
     is removed moves no other; but of more than 40,000 files, the first 2000 are held out."""
-    names = sorted(sorted(names), key=checksum)
+    checksums = {name: zlib.crc32(os.fsencode(name)) for name in sorted(names)}
+    names = sorted(checksums, key=checksums.get)
     last = {*{name.split("/")[0]: name for name in names}.values()}
-    twentieth = [name for name in names if checksum(name) < 2 ** 32 // 20 and name not in last]
+    twentieth = [name for name in names if checksums[name] < 2 ** 32 // 20 and name not in last]
     held_out = dict.fromkeys(twentieth[:2000])  # a set that keeps its order
     train = [name for name in names if name not in held_out]
     return [*train, *held_out], len(train)
@@ -678,7 +665,7 @@ def disc(radius, x=0.0):
 
 def box(x, y):
     """A rectangle of 2x times 2y around the origin."""
-    return np.array([-x - 1j * y, x - 1j * y, x + 1j * y, -x + 1j * y])
+    return x * np.array([-1, 1, 1, -1]) + y * np.array([-1j, -1j, 1j, 1j])
 
 
 # Polygons to fill, then polygons to cut out. Corners are complex numbers, about 1 long; y is down.
@@ -704,21 +691,23 @@ def draw_shape(number, size):
     rng = np.random.default_rng(number)
     fill, cut = list(SHAPES.values())[number % len(SHAPES)]
     colour, ground = COLOURS[rng.integers(6)], GROUNDS[rng.integers(3)]
-    radius, turn = rng.uniform(0.3, 0.4), rng.uniform(-0.2, 0.2)
+    radius = rng.uniform(0.3, 0.4)
+    turn = rng.uniform(-0.2, 0.2)
     x, y = 0.5 + rng.uniform(-0.07, 0.07, 2)
-    image = Image.new("RGB", (4 * size, 4 * size), ground)
+    side = 4 * size
+    image = Image.new("RGB", (side, side), ground)
     pen = ImageDraw.Draw(image)
     for paint, polygons in ((colour, fill), (ground, cut)):
         for polygon in polygons:
-            corners = 4 * size * (x + 1j * y + radius * np.exp(1j * turn) * polygon)
-            pen.polygon([(corner.real, corner.imag) for corner in corners], paint)
+            corners = side * (x + 1j * y + radius * np.exp(1j * turn) * polygon)
+            pen.polygon(corners.view(float).tolist(), paint)  # x, y, x, y, ...
     return image.reduce(4)
 
 
 # 5. Command line ----------------------------------------------------------------------------------
 
 OPTIONS = ("config", "scale", "data", "tokenizer", "codes", "init", "image_size", "iters",
-           "batch_size", "lr", "seed")  # what fixes the weights of a run
+           "batch_size", "lr", "seed")  # with the recipe, they fix the weights of a run
 
 
 def stored_options(folder):
@@ -734,8 +723,6 @@ def fill_options(args, dtype):
     """The options of a run: those of the run in args.out, else of the command line and the recipe.
     Raises ValueError if the two contradict each other."""
     given = {key: getattr(args, key) for key in OPTIONS if getattr(args, key) is not None}
-    for key in {"data", "tokenizer", "init"} & given.keys():
-        given[key] = given[key] and os.path.abspath(given[key])
     options = stored_options(args.out)
     if options:
         for key, value in given.items():
@@ -745,8 +732,7 @@ def fill_options(args, dtype):
                                  f"{options[key]}; remove it, or name another --out")
         return options | given
     config = given.get("config", "S" if dtype == torch.bfloat16 else "tiny")
-    options = {key: RECIPES[config].get(key) for key in OPTIONS}
-    options |= {"config": config, "scale": "2", "seed": 0}
+    options = dict.fromkeys(OPTIONS) | RECIPES[config] | {"config": config, "scale": "2", "seed": 0}
     if config == "tiny" and args.data:
         options |= PICTURES
     if given.keys() >= {"init", "codes"}:
@@ -755,7 +741,7 @@ def fill_options(args, dtype):
     if source:
         options["codes"] = None  # its own
         if ckgen.load_tokenizer(source).config.channels:  # a VQGAN: pictures and epochs as in the
-            options |= {"image_size": 256, "iters": None}  # paper, see train_in_folder
+            options |= {"image_size": 256, "iters": None}  # paper, see train
         else:
             options["image_size"] = ckgen.read(source)["options"]["image_size"]
     return options | given
@@ -807,66 +793,61 @@ def train(args):
     init = "-init" if args.init else ""
     args.out = args.out or f"runs/{name_of(args.data)}-{args.scale or 2}x{init}"
     with lock(args.out):
-        train_in_folder(args)
-
-
-def train_in_folder(args):
-    """All stages, in args.out."""
-    device, dtype = ckgen.find_device(args.device)
-    run = make_run(fill_options(args, dtype), args.out, args.steps, device, dtype)
-    if WORLD > 1:
-        torch.distributed.init_process_group(timeout=timedelta(days=7))  # coding takes long
-        atexit.register(torch.distributed.destroy_process_group)
-    images = open_images(run)
-    if run.iters is None:  # the paper's epochs
-        epochs = 30 if run.init else run.epochs or 1
-        run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
-    run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // RECIPES[run.config]["iters"])
-    tokenizer = start_tokenizer(run)
-    stride = tokenizer.config.stride
-    if run.image_size % stride or run.batch_size % WORLD:
-        raise ValueError(f"--image-size must be a multiple of {stride}, --batch-size of {WORLD}")
-    run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
-    if run.init:
-        make_model(run, tokenizer)  # here, so that what does not fit is said before the work
-    if RANK == 0:
-        print(f"{images.found}\n{run.out}: {images.train} images to train on, config {run.config}, "
-              f"{run.iters} steps, maps {' '.join(f'{n}x{n}' for n in run.sizes)}")
-    tokenizer = make_tokenizer(run, images, tokenizer)
-    codes = code_images(run, images, tokenizer)
-    train_transformer(run, images, tokenizer, codes)
-    if RANK == 0:
-        print(f"{run.out}: samples.png, progress.gif (images after every step), pyramid.png (each "
-              f"scale by itself), log.csv\n"
-              f"next: python ckgen.py {run.out}/checkpoint.pt --steps 8\n"
-              f"      python study/evaluate.py {run.out}/checkpoint.pt")
+        device, dtype = ckgen.find_device(args.device)
+        run = make_run(fill_options(args, dtype), args.out, args.steps, device, dtype)
+        if WORLD > 1:
+            torch.distributed.init_process_group(timeout=timedelta(days=7))  # coding takes long
+            atexit.register(torch.distributed.destroy_process_group)
+        images = open_images(run)
+        if run.iters is None:  # the paper's epochs
+            epochs = 30 if run.init else run.epochs or 1
+            run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
+        of_recipe = RECIPES[run.config]["iters"]
+        run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // of_recipe)
+        tokenizer = start_tokenizer(run)
+        stride = tokenizer.config.stride
+        if run.image_size % stride or run.batch_size % WORLD:
+            raise ValueError(f"--image-size needs a multiple of {stride}, --batch-size of {WORLD}")
+        run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
+        if run.init:
+            make_model(run, tokenizer)  # here, so that what does not fit is said before the work
+        if RANK == 0:
+            maps = " ".join(f"{n}x{n}" for n in run.sizes)
+            print(f"{images.found}\n{run.out}: {images.train} images to train on, config "
+                  f"{run.config}, {run.iters} steps, maps {maps}")
+        tokenizer = make_tokenizer(run, images, tokenizer)
+        codes = code_images(run, images, tokenizer)
+        train_transformer(run, images, tokenizer, codes)
+        if RANK == 0:
+            print(f"{run.out}: samples.png, progress.gif (images after every step), pyramid.png "
+                  f"(each scale by itself), log.csv\n"
+                  f"next: python ckgen.py {run.out}/checkpoint.pt --steps 8\n"
+                  f"      python study/evaluate.py {run.out}/checkpoint.pt")
 
 
 def main(arguments=None):
     """The command line of this file."""
-    parser = ckgen.Parser(
-        description="Train checkerboard image generation from scratch: a tokenizer, then a "
-                    "transformer, on toy shapes or on your pictures. The same command continues a "
-                    "run that was stopped.",
-        epilog="example: python train_tiny.py --scale 2 --steps 4")
+    parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=SCALES, help="ratio between scales; 1: a single scale (default: 2)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each scale when drawing "
         "(default: 4); training draws P at random. A finished run draws its pictures again")
-    add("--data", metavar="DIR", help="your pictures, a folder per class (default: toy shapes)")
+    add("--data", type=os.path.abspath, metavar="DIR",
+        help="your pictures, a folder per class (default: toy shapes)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/<data>-<scale>x[-init])")
     add("--config", choices=RECIPES, help="size of the model (default: S on a GPU that has "
         "bfloat16, else tiny)")
-    add("--tokenizer", metavar="FILE", help="a trained tokenizer: of another run, or LlamaGen's "
-        "vq_ds16_c2i.pt for 256-pixel pictures (default: that of --init, or train a small one)")
+    add("--tokenizer", type=os.path.abspath, metavar="FILE", help="a trained tokenizer: of another "
+        "run, or LlamaGen's vq_ds16_c2i.pt for 256-pixel pictures (default: that of --init, or "
+        "train a small one)")
     add("--codes", type=within(int, 2, 65535), metavar="V", help="number of codes (default: 1024, "
         "tiny on toy shapes 256); with --tokenizer: train a new codebook for it (paper: 4096)")
-    add("--init", metavar="CHECKPOINT", help="start from a trained model, also of another --scale")
+    add("--init", type=os.path.abspath, metavar="CHECKPOINT",
+        help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L, 256 with a VQGAN)")
-    add("--iters", type=within(int, 1), help="steps of training; the tokenizer's follow "
-        "in proportion (default: tiny 1150, on pictures 3600; S 6000, L 12000; with a VQGAN the "
-        "paper's epochs)")
+    add("--iters", type=within(int, 1), help="steps of training; the tokenizer's are in proportion "
+        "(default: tiny 1150, on pictures 3600; S 6000, L 12000; with a VQGAN the paper's epochs)")
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, on pictures 64; S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
