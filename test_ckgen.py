@@ -2,8 +2,7 @@
 
 The first half holds what the paper says; then come runs, pictures, commands and machines. CUDA is
 tested without a card too: see Card. CKGEN_GOLDEN names a folder with a model in the author's
-released format, and with the numbers that the author's code computes with it.
-"""
+released format, and with the numbers that his code computes with it."""
 
 import gc
 import math
@@ -328,8 +327,7 @@ def test_overfits_a_handful_of_images_and_gives_them_back():
         layout = Layout(SIZES, P)
         assert equal(sample(model, codebook, torch.arange(3), layout, temperature=0), codes), P
     logits = model(codebook[codes], torch.full((3,), 3), layout)
-    loss, *_ = loss_by_scale(logits, codes, layout)
-    assert loss < 0.5
+    assert loss_by_scale(logits, codes, layout)[0] < 0.5
 
 
 def test_a_batch_draws_P_and_views_drops_labels_and_replaces_codes(monkeypatch):
@@ -398,14 +396,6 @@ def test_the_codebook_follows_its_latents_and_revives_unused_codes():
         update_codebook(tokenizer, as_map(latents[None]), torch.Generator(), 64)
     alike = tokenizer.codebook() @ centres.T                                # (16, 8)
     assert min(alike.amax(1).min(), alike.amax(0).min()) > 0.99
-
-
-def test_maps_of_all_sizes_count_alike_in_a_refit():
-    tokenizer = random_tokenizer(2)
-    for cells, code in [(1, 0), (256, 1)] * 300:  # maps of one code each
-        latents = as_map(tokenizer.codebook()[[code] * cells][None])
-        update_codebook(tokenizer, latents, torch.Generator(), cells)
-    close(tokenizer.codebook_weight.norm(dim=-1), 0.5, 0.01)
 
 
 # Whole runs: stopped, continued, repeated ---------------------------------------------------------
@@ -518,9 +508,8 @@ def test_the_log_shows_the_loss_on_held_out_images(finished):
 @parametrize("option", ["init", "tokenizer"])
 def test_a_released_file_is_trained_further_at_256_pixels_for_the_papers_epochs(option, pictures):
     torch.save({"model": released_model(SIZES)[1]}, "a.pth")
-    args = Namespace(**dict.fromkeys(train_tiny.OPTIONS), out="run")
-    args.data = str(pictures)
-    setattr(args, option, "a.pth")
+    given = {"out": "run", "data": str(pictures), option: "a.pth"}
+    args = Namespace(**dict.fromkeys(train_tiny.OPTIONS) | given)
     options = train_tiny.fill_options(args, float32)
     assert options["image_size"] == 256 and options["iters"] is options["codes"] is None
 
@@ -735,12 +724,11 @@ def test_a_refit_changes_the_codebook_alone_of_tokenizers_in_three_layouts(pictu
 
 # The commands, and bad input ----------------------------------------------------------------------
 
-def command(words):
-    return subprocess.check_output([sys.executable, *words.split()], text=True)
-
-
 def test_the_two_commands_and_two_processes(pictures, monkeypatch):
     """Two processes train the weights of one, and one of them writes."""
+    def command(words):
+        return subprocess.check_output([sys.executable, *words.split()], text=True)
+
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     two_processes = "-m torch.distributed.run --standalone --nproc-per-node=2"
     for out, launcher in (("one", ""), ("two", two_processes)):
@@ -768,8 +756,7 @@ def test_sampling_by_command(finished):
     assert everything.pop("arr_0").shape == (64, 16, 16, 3)  # eight of each class
     assert everything.pop("labels").tolist() == [*range(8)] * 8
     assert everything == {"steps": 4, "cfg": 0.5, "cfg_start": 5, "temperature": 0.5, "seed": 0}
-    some = draw_pictures("--class none star 8 --n 4", "a.npz")
-    assert some["labels"].tolist() == [8, 4, 8, 8]
+    assert draw_pictures("--class none 4 8 --n 4", "a.npz")["labels"].tolist() == [8, 4, 8, 8]
     assert draw_pictures("--n 4 --steps 2 --dtype bfloat16", "a.gif").n_frames == 5
 
 
@@ -804,8 +791,8 @@ def bad_files(finished):
     """Files and folders in the test's own folder, named after what is wrong with them."""
     data, state = (finished / "checkpoint.pt").read_bytes(), read(finished / "checkpoint.pt")
     model, config, norm = state["model"], state["config"], state["model"]["norm.weight"]
-    Path("empty.pt").touch()
     Path("half.pt").write_bytes(data[:1000])
+    Path("empty.pt").touch()
     Path("altered.pt").write_bytes(data.replace(norm.numpy(), bytes(128)))
     shutil.copy(finished / "tokenizer.pt", "tokenizer.pt")
     os.mkdir("folder.png")
@@ -814,7 +801,6 @@ def bad_files(finished):
                "evil": {"defaults": Evil()},
                "nan": {"model": model | {"norm.weight": norm * math.nan}},
                "small": {"config": config | {"layers": 1}, "model": one_layer},
-               "moved": {"options": state["options"] | {"pictures": 1}},
                "no-options": {"options": None}}
     for name, change in changes.items():
         os.mkdir(name)
@@ -823,10 +809,10 @@ def bad_files(finished):
 
 BAD_INPUT = {
     "ckgen half.pt": "half.pt: damaged",
+    "ckgen empty.pt": "empty.pt: damaged",
     "ckgen altered.pt": "checksum",
     "ckgen evil/checkpoint.pt": "checkpoint.pt: damaged",
     "ckgen nan/checkpoint.pt": "not a finite number",
-    "ckgen empty.pt": "empty.pt: damaged",
     "ckgen tokenizer.pt": "not a checkpoint with a model to draw from",
     "ckgen good/checkpoint.pt --class dog": "--class dog: not among circle, ring",
     "ckgen good/checkpoint.pt --cfg nan": "nan is not from 0",
@@ -837,11 +823,8 @@ BAD_INPUT = {
     "ckgen --class star good/checkpoint.pt --out a.png": "options need a CHECKPOINT",
     "train_tiny --image-size 30": "multiple of 4",
     "train_tiny --data good": "needs a folder of pictures for each class; found 0 pictures in 0",
-    "train_tiny --seed 9223372036854775808": "is not from 0 to",
-    "train_tiny --init half.pt": "half.pt: damaged",
     "train_tiny --init small/checkpoint.pt": "not for this program: Error(s) in loading",
     "train_tiny --init good/checkpoint.pt --codes 16": "--codes: a model of --init needs",
-    "train_tiny --out moved": "not the files that moved began with",
     "train_tiny --out no-options": "checkpoint.pt: damaged, or not for this program",
     "train_tiny --out good --seed 7": "--seed 0",
 }
@@ -1011,9 +994,7 @@ def test_the_commands_on_a_card(native, config, dtype, card, capsys):
 
 def test_a_small_card_takes_fewer_images_at_once(card):
     run = Namespace(**PAPER["L"], device=torch.device("cuda", 0), dtype=bfloat16)
-    fit = []
     with torch.device("meta"):
         L = Checkerboard(Config(scale_sizes(16, 2), 1000, 4096, 8, 1024, 20, 16, 3072))
-    for card.memory in (140e9, 40e9, 20e9, 10e9, 0):
-        fit.append(train_tiny.images_that_fit(run, L))
+    fit = [train_tiny.images_that_fit(run, L) for card.memory in (140e9, 40e9, 20e9, 10e9, 0)]
     assert 64 == fit[0] > fit[1] > fit[2] > fit[3] > fit[4] == 1
