@@ -10,14 +10,12 @@ all codes in one pass, each within its cluster. As a code has one cluster,
 
 and both are trained on true clusters: their losses add up. If K = V, stage 2 has nothing to choose.
 
-    python study/coarse.py train runs/toy-2x --clusters 64       both stages, on that run's codes
-    python study/coarse.py draw runs/toy-2x/coarse-64.pt         eight images of each class
-    python study/coarse.py evaluate runs/toy-2x/coarse-64.pt     how good the model is
-    python study/coarse.py compare                               with plain models, an hour
+    python study/coarse.py train runs/toy-2x --clusters 64    both stages, on that run's codes
+    python study/coarse.py compare                            with plain models, an hour
 
-`train` takes tokenizer, codes and recipe from the folder of a run of train_tiny.py, and writes
-coarse-K.pt beside that run's own model, about once a minute; the same command continues. It trains
-in one process, and whole batches at once: a small card may lack the memory.
+`train` takes tokenizer, codes and recipe from the folder of a run of train_tiny.py. It writes
+coarse-K.pt and, at the end, samples in coarse-K.png beside that run's own; the same command
+continues. It trains in one process, and whole batches at once: a small card may lack the memory.
 """
 
 import argparse
@@ -33,8 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import evaluate  # makes ckgen and train_tiny importable
-from study import DEVICE, FIRST, Study, four_digits
+from study import DEVICE, FIRST, Study, four_digits  # makes ckgen and train_tiny importable
 import ckgen
 import train_tiny
 from ckgen import Checkerboard, Config, Layout, loss_by_scale
@@ -116,44 +113,45 @@ class CoarseToFine(nn.Module):
 
 # 3. Training --------------------------------------------------------------------------------------
 
-def train(args):
-    """Train both stages on the codes of a run. Raises ValueError or OSError."""
-    options = train_tiny.stored_options(args.run)
+def train(folder, K, device=None):
+    """Train both stages with K clusters on the codes of the run in a folder, or go on with it.
+    Returns (model, tokenizer). Raises ValueError or OSError."""
+    options = train_tiny.stored_options(folder)
     if not options:
-        raise ValueError(f"{args.run}: holds no run of train_tiny.py")
-    with train_tiny.lock(args.run):
-        train_in_folder(args, options)
+        raise ValueError(f"{folder}: holds no run of train_tiny.py")
+    with train_tiny.lock(folder):
+        device, dtype = ckgen.find_device(device)
+        path = f"{folder}/coarse-{K}.pt"
+        tokenizer = ckgen.load_tokenizer(f"{folder}/tokenizer.pt", device)
+        run = train_tiny.make_run(options, folder, None, device, dtype)
+        side = run.image_size // tokenizer.config.stride
+        run.sizes = ckgen.scale_sizes(side, train_tiny.SCALES[run.scale])
+        images = train_tiny.open_images(run)
+        codes = train_tiny.code_images(run, images, tokenizer)
+        torch.manual_seed(run.seed)
+        model = CoarseToFine(train_tiny.model_config(run, tokenizer), K)
+        codebook = tokenizer.codebook().cpu()                            # (V, C)
+        model.cluster, model.centroids = cluster_codebook(codebook, K, run.seed)
+        model.to(device)
+        optimizers = train_tiny.make_optimizers(model, run)
+        first = 0
+        if os.path.exists(path):
+            state = train_tiny.resume(path, model, optimizers, tokenizer)
+            first = state["step"]
+            if state["options"] != run.options:
+                raise ValueError(f"{path}: of another run; remove it")
+        train_stages(run, path, model, optimizers, tokenizer, images, codes, first)
+        draw(run, path.replace(".pt", ".png"), model, tokenizer)
+    return model, tokenizer
 
 
-def train_in_folder(args, options):
-    """Write coarse-K.pt."""
-    path = f"{args.run}/coarse-{args.clusters}.pt"
-    device, dtype = ckgen.find_device(args.device)
-    tokenizer = ckgen.load_tokenizer(f"{args.run}/tokenizer.pt", device)
-    run = train_tiny.make_run(options, args.run, 4, device, dtype)
-    run.sizes = ckgen.scale_sizes(run.image_size // tokenizer.config.stride,
-                                  train_tiny.SCALES[run.scale])
-    images = train_tiny.open_images(run)
-    codes = train_tiny.code_images(run, images, tokenizer)
-
-    codebook = tokenizer.codebook()                                      # (V, C)
-    torch.manual_seed(run.seed)
-    model = CoarseToFine(train_tiny.model_config(run, tokenizer), args.clusters)
-    model.cluster, model.centroids = cluster_codebook(codebook.cpu(), args.clusters, run.seed)
-    model.to(device)
-    optimizers = train_tiny.make_optimizers(model, run)
-    first, saved = 0, time.monotonic()
-    if os.path.exists(path):
-        state = train_tiny.resume(path, model, optimizers, tokenizer)
-        first = state["step"]
-        if state["options"] != run.options:
-            raise ValueError(f"{path}: of another run; remove it")
-
-    layout_of = functools.cache(lambda P: Layout(run.sizes, P, device))
+def train_stages(run, path, model, optimizers, tokenizer, images, codes, first):
+    """Train from a first step on, and write the file of this path about once a minute."""
+    layout_of, saved = functools.cache(lambda P: Layout(run.sizes, P, run.device)), time.monotonic()
     bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
     for step in bar:
-        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, len(codebook), step)
-        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, model.config.codes, step)
+        with torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16):
             losses = model(x, y, layout_of(P), noisy)[:, 0]
         model.zero_grad()
         losses.sum().backward()
@@ -170,23 +168,19 @@ def train_in_folder(args, options):
         if last or time.monotonic() - saved > 60:
             train_tiny.save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, [])
             saved = time.monotonic()
-    print(f"next: python study/coarse.py draw {path}\n      python study/coarse.py evaluate {path}")
 
 
-# 4. Drawing and evaluation ------------------------------------------------------------------------
-
-def load(path, device="cpu", dtype=torch.float32):
-    """(model, tokenizer, class names, defaults) of a file that `train` wrote."""
-    state = ckgen.read(path)
-    if "centroids" not in state.get("model", ()):
-        raise ValueError(f"{path}: not written by coarse.py train")
-    with ckgen.reading(path):
-        kind = functools.partial(CoarseToFine, clusters=len(state["model"]["centroids"]))
-        model = ckgen.build(kind, Config(**state["config"]), state["model"]).to(device)
-        classes, defaults = state["classes"], state["defaults"]
-    for stage in (model.coarse, model.fine):
-        ckgen.for_sampling(stage, dtype)
-    return model, ckgen.load_tokenizer(path, device, dtype, state), classes, defaults
+def draw(run, path, model, tokenizer):
+    """Write eight samples of each class, or of 16 classes, to a file of this path."""
+    every = math.ceil(len(run.classes) / 16)
+    labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
+    options = dict(run.defaults)
+    layout = Layout(run.sizes, options.pop("steps"), run.device)
+    codes = generate(model, tokenizer, labels, layout, run.seed, **options)
+    pictures = ckgen.decode_scale(tokenizer, codes, layout)
+    with ckgen.write_whole(path) as file:
+        ckgen.arrange(pictures, run.classes[::every]).save(file, "PNG")
+    print(f"{path}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
 
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
@@ -199,35 +193,14 @@ def generate(model, tokenizer, labels, layout, seed=0, **options):
 @torch.no_grad()
 def held_out_loss(model, codebook, codes, labels, layout):
     """Mean cross-entropy over images of codes (n, L): the sum of both stages, of all tokens, then
-    of each scale; then of all tokens that of stage 1, and that of stage 2."""
+    of each scale; then of all tokens that of stage 2."""
     parts = zip(codes.split(64), labels.to(codes.device).split(64))
     total = sum(len(x) * model(x, y, layout, x) for x, y in parts)       # (2, 1 + scales)
     losses = total.cpu() / len(codes)
-    return torch.cat([losses.sum(0), losses[:, 0]])
+    return torch.cat([losses.sum(0), losses[1, :1]])
 
 
-def draw(args):
-    """Draw eight images of each class, or of 16 of them. Raises ValueError or OSError."""
-    device, dtype = ckgen.find_device(args.device)
-    model, tokenizer, names, options = load(args.checkpoint, device, dtype)
-    options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    layout = Layout(model.config.sizes, options.pop("steps"), device)
-    every = math.ceil(len(names) / 16)
-    labels = torch.arange(len(names), device=device)[::every].repeat(8)
-    with ckgen.write_whole(args.out) as file:
-        codes = generate(model, tokenizer, labels, layout, args.seed, **options)
-        pictures = ckgen.decode_scale(tokenizer, codes, layout)
-        ckgen.arrange(pictures, names[::every]).save(file, "PNG")
-    print(f"{args.out}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
-
-
-def judge(args):
-    """Print what evaluate.py prints. Raises ValueError or OSError."""
-    print("losses are sums of both stages; two more columns: stage 1 alone, stage 2 alone")
-    evaluate.evaluate(args, load, held_out_loss, generate)
-
-
-# 5. Against plain models --------------------------------------------------------------------------
+# 4. Against plain models --------------------------------------------------------------------------
 
 def compare(args):
     """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
@@ -244,9 +217,7 @@ def compare(args):
     for K in (0, 256) if args.data else (0, 64, 256):
         sampler, loss = ckgen.generate, train_tiny.held_out_loss
         if K:
-            run = f"{study.folder}/{FIRST}"
-            train(argparse.Namespace(run=run, clusters=K, device=str(DEVICE)))
-            network, tokenizer, *_ = load(f"{run}/coarse-{K}.pt", DEVICE)
+            network, tokenizer = train(f"{study.folder}/{FIRST}", K, DEVICE)
             sampler, loss = generate, held_out_loss
         nats = loss(network, codebook, codes, study.labels, layout)
         start = time.monotonic()
@@ -263,38 +234,24 @@ def compare(args):
                 study.write_csv(f"{study.prefix}coarse.csv", rows)
 
 
-# 6. Command line ----------------------------------------------------------------------------------
+# 5. Command line ----------------------------------------------------------------------------------
 
 def main(arguments=None):
     """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    within = ckgen.within
-
     add = commands.add_parser("train", help="train both stages on a run's codes").add_argument
     add("run", help="folder of a run of train_tiny.py, whose images are coded")
-    add("--clusters", type=within(int, 1), metavar="K", required=True, help="how many clusters")
+    add("--clusters", type=ckgen.within(int, 1), metavar="K", required=True, help="how many")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-
-    add = commands.add_parser("draw", help="draw images of all classes in turn").add_argument
-    add("checkpoint", help="coarse-K.pt, written by train")
-    add("--steps", type=within(int, 1), metavar="P", help="steps a scale (default: 4)")
-    add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance of both stages; 0 is off")
-    add("--temperature", type=within(float, 0, 100), metavar="T", help="divides the logits")
-    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="(default: 0)")
-    add("--out", default="samples.png", help="a .png (default: samples.png)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-
-    add = commands.add_parser("evaluate", help="print how good a model is").add_argument
-    evaluate.add_options(add)
-
     add = commands.add_parser("compare", help="compare with plain models").add_argument
     add("--data", metavar="DIR", help="pictures, as in study.py (default: toy shapes)")
     add("--quick", action="store_true", help="hardly any training, in runs/quick-*")
-
     args = parser.parse_args(arguments)
-    work = {"train": train, "draw": draw, "evaluate": judge, "compare": compare}[args.command]
-    parser.run(work, args)
+    if args.command == "train":
+        parser.run(train, args.run, args.clusters, args.device)
+    else:
+        parser.run(compare, args)
 
 
 if __name__ == "__main__":

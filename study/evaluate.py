@@ -3,17 +3,16 @@
     python study/evaluate.py runs/toy-2x/checkpoint.pt
     python study/evaluate.py runs/cifar10-2x/checkpoint.pt --cfg 0 0.5 1 --temperature 0.8 1
 
-prints the tokenizer's error, and the loss on held-out images for several P. If there are at most 20
-classes, it prints how many bits a held-out picture takes, and for how many the model itself finds
+prints the tokenizer's error, and the loss on held-out images for several P. Of at most 20 classes,
+it prints how many bits a held-out picture takes, and for how many pictures the model itself finds
 the class, as that under which the picture is likeliest.
 
 Then a judge, a small classifier, says how many of 2000 samples it takes for their class, and how
-far their features lie from those of training images (Frechet distance; Heusel et al. 2017). Both
-are seen through the tokenizer, so that the distance is that of the transformer alone. Above stand
-what the judge says of held-out images, and the floor that samples can reach, what it says of the
-same through the tokenizer. The judge is trained on the training images, half of them through the
-tokenizer, and kept in a file. Distances of different judges cannot be compared. Of toy shapes it
-also counts in how many two colours mix.
+far their features lie from those of training images (Frechet distance; Heusel et al. 2017). It
+says the same of held-out images, and of these through the tokenizer: the floor that samples can
+reach, as training images too are seen through the tokenizer. The judge is trained on the training
+images, half of them through the tokenizer, and kept in a file. Distances of different judges cannot
+be compared. Of toy shapes it also counts in how many two colours mix.
 """
 
 import argparse
@@ -33,8 +32,7 @@ from tqdm import tqdm
 import ckgen
 import train_tiny
 from ckgen import Layout
-from train_tiny import as_input, crop, encode
-
+from train_tiny import as_input, crop, encode, held_out_loss
 
 SAMPLES = 2000
 
@@ -74,27 +72,25 @@ def train_judge(images, tokenizer, iters):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return judge.eval()
+    return judge
 
 
 def judge_of(path, images, tokenizer, iters=None):
     """The judge in a file, or a new one, which is written there: 500 steps for toy shapes, which
     are easy, else 3300. Raises ValueError if that in the file was trained on something else."""
-    codebook = tokenizer.codebook_weight.cpu().numpy().tobytes()
-    device = tokenizer.codebook_weight.device
-    belongs = [images.fingerprint, images.size, zlib.crc32(codebook)]
-    if os.path.exists(path):
-        state = ckgen.read(path)
-        with ckgen.reading(path):
-            if state["belongs"] != belongs:
-                raise ValueError("the judge of other images or of another tokenizer")
-            judge = Judge(len(images.classes))
-            judge.load_state_dict(state["judge"])
-        return judge.to(device, memory_format=torch.channels_last).eval()
-    judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
-    with ckgen.write_whole(path) as file:
-        torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
-    return judge
+    codebook = tokenizer.codebook_weight
+    checksum = zlib.crc32(codebook.cpu().numpy().tobytes())
+    belongs = [images.fingerprint, images.size, checksum]
+    if not os.path.exists(path):
+        judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
+        with ckgen.write_whole(path) as file:
+            torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
+    state = ckgen.read(path)
+    with ckgen.reading(path):
+        if state["belongs"] != belongs:
+            raise ValueError("the judge of other images or of another tokenizer")
+        judge = ckgen.build(Judge, len(images.classes), state["judge"])
+    return judge.to(codebook.device, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -183,12 +179,10 @@ def images_of(path, data=None):
     return options, images
 
 
-def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
-             generate=ckgen.generate):
-    """Print all that the header says. The three functions are those of the kind of model, as
-    coarse.py has another. Raises ValueError or OSError."""
+def evaluate(args):
+    """Print all that the header says. Raises ValueError or OSError."""
     device, _ = ckgen.find_device(args.device)
-    model, tokenizer, classes, defaults = load(args.checkpoint, device)
+    model, tokenizer, classes, defaults = ckgen.load(args.checkpoint, device)
     options, images = images_of(args.checkpoint, args.data)
     P = args.steps or defaults["steps"]
     real, labels = images.held_out()
@@ -206,7 +200,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
         print(f"  P = {other:<4d}", *(f"{loss:8.3f}" for loss in losses))
 
     # Likelihoods.
-    if isinstance(model, ckgen.Checkerboard) and len(classes) <= 20:
+    if len(classes) <= 20:
         log_p = log_likelihoods(model, codebook, codes, layout, len(classes))
         right = (log_p.argmax(1) == labels).double().mean()
         bits = -log_p[range(len(labels)), labels].mean() / math.log(2)
@@ -233,8 +227,8 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
     for cfg in args.cfg or [defaults["cfg"]]:
         for temperature in args.temperature or [defaults["temperature"]]:
             start = time.monotonic()
-            codes = generate(model, tokenizer, wanted.to(device), layout, seed, cfg=cfg,
-                             temperature=temperature)
+            codes = ckgen.generate(model, tokenizer, wanted.to(device), layout, seed, cfg=cfg,
+                                   temperature=temperature)
             codes[-1].tolist()  # this waits for a GPU
             ms = 1e3 * (time.monotonic() - start) / SAMPLES
             say(f"samples, w = {cfg:g}, T = {temperature:g}, {len(layout.steps)} steps, "
@@ -244,12 +238,7 @@ def evaluate(args, load=ckgen.load, held_out_loss=train_tiny.held_out_loss,
 def main(arguments=None):
     """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser.add_argument)
-    parser.run(evaluate, parser.parse_args(arguments))
-
-
-def add_options(add):
-    """What evaluate reads of the command line."""
+    add = parser.add_argument
     add("checkpoint", help="of a finished run, or of one on its way")
     add("--steps", type=ckgen.within(int, 1), metavar="P",
         help="steps for each scale when drawing (default: the checkpoint's)")
@@ -262,6 +251,7 @@ def add_options(add):
     add("--seed", type=ckgen.within(int, 0, 2 ** 63 - 1), help="(default: the run's)")
     add("--data", metavar="DIR", help="where its pictures are now (default: where they were)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    parser.run(evaluate, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
