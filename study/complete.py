@@ -64,25 +64,12 @@ def known_codes(codes, pixels, layout):
     return codes.masked_fill(torch.cat(unknown).to(codes.device) > 0, -1)
 
 
-def coarse_codes(codes, scales, layout):
-    """Codes (B, L) with -1 in all maps but the first few."""
-    known = codes.clone()
-    known[:, layout.scales[scales].start:] = -1
-    return known
-
-
 def half(name, size):
     """The pixels (size, size), bool, of one of HALVES."""
     pixels = torch.zeros(size, size, dtype=torch.bool)
     pixels[:, :size // 2] = True
     # rot90 turns counter-clockwise.
     return pixels.rot90(("left", "bottom", "right", "top").index(name))
-
-
-def read(path, size):
-    """A picture (3, size, size), uint8. Raises OSError, or ValueError if it is damaged."""
-    with ckgen.reading(path):
-        return torch.from_numpy(np.array(train_tiny.read_picture(path, size))).movedim(-1, 0)
 
 
 def complete_all(args):
@@ -106,7 +93,11 @@ def complete_all(args):
     # The pictures (n, 3, size, size), uint8, and their classes (n,).
     if args.pictures:
         labels = torch.tensor(ckgen.class_numbers([args.label], classes) * len(args.pictures))
-        pictures = torch.stack([read(path, size) for path in args.pictures])
+        read = []
+        for path in args.pictures:
+            with ckgen.reading(path):
+                read.append(np.array(train_tiny.read_picture(path, size)))
+        pictures = torch.from_numpy(np.stack(read)).movedim(-1, 1)
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)
         pictures, labels = images.held_out(args.n)
@@ -122,9 +113,10 @@ def complete_all(args):
             known = known_codes(codes, pixels, layout)
             rows.append(np.where(pixels[..., None], whole, np.uint8(128)))
         else:
-            scales = 1 + maps.index(keep)
-            known = coarse_codes(codes, scales, layout)
-            rows.append(ckgen.decode_scale(tokenizer, codes, layout, scales - 1))
+            scale = maps.index(keep)
+            known = codes.clone()
+            known[:, layout.scales[scale].stop:] = -1
+            rows.append(ckgen.decode_scale(tokenizer, codes, layout, scale))
         names.append(f"kept: {keep}")
 
         # Then a row for each number of candidates.
