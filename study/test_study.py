@@ -107,9 +107,10 @@ def test_two_colours_are_those_of_mixed_shapes():
     assert evaluate.two_colours(shapes) == 0 and 0.5 < evaluate.two_colours(halves) < 1
 
 
-def test_evaluation_by_command(finished, quick, capsys):
+def test_evaluation_by_command(finished, quick, tmp_path, capsys):
     """The loss of all tokens is that of the maps, weighted by their cells."""
-    run(evaluate, f"{finished}/checkpoint.pt --cfg 0 1 --temperature 0.5 1 --judge judge.pt")
+    swept = f"--cfg 0 1 --temperature 0.5 1 --judge {tmp_path}/judge.pt"
+    run(evaluate, f"{finished}/checkpoint.pt {swept}")
     said = capsys.readouterr().out
     assert re.search(r"\d+\.\d dB on 16 held-out images, \d+ of 16 codes", said), said
     rows = np.array([row.split() for row in re.findall(r"P = \d+ (.*)", said)], float)
