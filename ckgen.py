@@ -904,7 +904,7 @@ def find_device(name=None):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type != "cuda":
