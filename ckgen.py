@@ -1,14 +1,14 @@
 """ckgen: checkerboard image generation in one file.
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
-(arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, ... NxN. A
+(arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, 4x4, ... NxN. A
 transformer draws the maps from coarse to fine. Each map takes P steps, or one for each cell if it
 has fewer than P. Step i of a map draws block b_i, a set of cells that are spread evenly over the
 map, all at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
-    Sec. 3.1, Fig. 2           blocks, steps, mask            Layout
+    Sec. 3.1, 3.2, Fig. 2      blocks, steps, mask            Layout
     Sec. 3.3                   codes, code vectors, latents   Tokenizer
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3              AdaLN, transformer             Layer, Checkerboard.transform
@@ -31,10 +31,10 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
 Codes, z and z_up lie in pyramid order: map after map, each row by row. Tokens and logits lie in
 layout order, that of drawing: codes[:, layout.cell[1:]] goes from the first to the second.
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
-each map, T tokens of one call; a map has n x n cells, the finest N x N. A sequence is 1 + L long:
-the class token comes first. Guidance is cond + cfg (cond - uncond), as released. cfg = 0 is none;
-where others write uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the author's
-released models do where the paper leaves it open or says otherwise, "ours" what is chosen here.
+each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
+1 + L long: the class token comes first. Guidance is cond + cfg (cond - uncond), as released: 0 is
+none; where others write uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the
+author's code and models do where the paper leaves it open or differs, "ours" what is chosen here.
 Most parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
 
     python ckgen.py                                                  explain the order and the mask
@@ -69,9 +69,9 @@ def progressive_checkerboard(size):
     The order is balanced: after any number of cells, the four quadrants of the grid hold equally
     many of them, to within one, and so do the quadrants of each quadrant, and so on. Any order of
     the four would do for that; this one visits diagonal ones first, so that the first half of the
-    cells is a checkerboard, not stripes. A size that is not a power of two leaves out the cells
-    that lie outside; then only quadrants that lie wholly inside are balanced. Raises ValueError if
-    size < 1. It needs no import: copy it. np.array_split(order, P) gives the blocks.
+    cells is a checkerboard, not stripes. A size that is not a power of two takes the order of the
+    next one, without cells outside the grid; then only quadrants wholly inside are balanced. Raises
+    ValueError if size < 1. It needs no import: copy it. np.array_split(order, P) gives the blocks.
     """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
@@ -121,11 +121,11 @@ class Layout:
 
     Training and sampling both read this table, so they cannot disagree.
 
-    If P does not divide n * n, block sizes differ by one, larger ones first (ours). Token j of a
-    block reads cell j of the previous block (Eq. 1). If that is one cell longer, no token reads the
-    extra cell, nor does any token read the last block of a scale: later tokens learn of these codes
-    from z_up of the next scale only. Of a 4x4 map alone, with P = 4, step 1 draws cells 0 10 2 8,
-    and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    If P does not divide n * n, block sizes differ by one, larger ones first (ours; as released, one
+    short block more). Token j of a block reads cell j of the previous block (Eq. 1). So no token
+    reads the extra cell of a larger previous block, nor the last block of a scale: later tokens
+    learn of these codes from z_up of the next scale only. In a 4x4 map alone, with P = 4, step 1
+    draws cells 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
     No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
     with any P. How often which one: see draw_batch in train_tiny.py.
@@ -151,8 +151,8 @@ class Layout:
         self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
         self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
         block = torch.tensor(block, device=device)         # (1+L,) its block; class token: 0
-        # (1+L, 1+L): a row's token sees its own block and all earlier ones, in all scales. The
-        # class token is a block of its own: it sees only itself, and every token sees it.
+        # (1+L, 1+L): a row's token sees all earlier blocks, in all scales, and its own, as inputs
+        # hold no code of their own block. The class token is a block of its own: it sees itself.
         self.mask = block[:, None] >= block
 
 
@@ -165,7 +165,7 @@ class TokenizerConfig:
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
     width: int = 64        # channels of the encoder's output
-    channels: tuple = ()   # VQGAN: channels of each resolution, fine to coarse
+    channels: tuple = ()   # VQGAN, fine to coarse: the paper's are 128, 128, 256, 256, 512
     res_blocks: int = 2    # VQGAN: residual blocks for each resolution
 
 
@@ -278,13 +278,13 @@ def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
     A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
-    released. RoPE turns elements i and i + d/2 as a pair. Both start with the same angle, which
-    makes it a rotation (ours). Training may part them, as released.
+    released. RoPE turns elements i and i + d/2 as a pair. Here both start with the same angle,
+    which makes it a rotation (ours; in the released start they differ). Training may part them.
 
-    About 7/16 of the pairs turn with x, 7/16 with y, 1/8 with the scale, as released. Pair i of the
-    k pairs of x has the angle x N^(-2i/k), those of y likewise; pair i of k of the scale has, in
-    map m = 0, 1 ..., (m + 1) pi/2 10^(-i/k). x and y are those of a cell's centre, in cells of the
-    finest map (ours). The last two rows are those of CLASS and EMPTY, and start with angle 0.
+    Of the pairs, 7/8 turn with the place, half of them by x and half by y, and 1/8 with the scale
+    (Sec. 3.4). As released, pair i of the k pairs of x has the angle x N^(-2i/k), those of y
+    likewise; pair i of k of the scale has, in map m = 0, 1 ..., (m + 1) pi/2 10^(-i/k). x and y are
+    of a cell's centre, in cells of the finest map (ours). CLASS and EMPTY, last, have angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -298,9 +298,9 @@ def rope_table(sizes, head_width):
     for m, n in enumerate(sizes):
         centre = (torch.arange(n) + 0.5) * N / n                         # (n,), in cells of N x N
         y, x = torch.meshgrid(centre, centre, indexing="ij")             # (n, n)
-        depth = torch.full((n, n), (m + 1) * math.pi / 2)
+        scale = torch.full((n, n), (m + 1) * math.pi / 2)
         angles = [angles_of(x, x_pairs, N * N), angles_of(y, y_pairs, N * N),
-                  angles_of(depth, scale_pairs, 10)]
+                  angles_of(scale, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
     angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
@@ -325,8 +325,8 @@ class Attention(nn.Module):
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T):
-        which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: their
-        keys and values are written into it, and all up to theirs are read."""
+        which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: the
+        keys and values of these tokens are written into it, and all tokens so far are seen."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
@@ -384,9 +384,9 @@ class Layer(nn.Module):
 
 def upsample(z, layout, scale):
     """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
-    bilinearly as released. This averages unit vectors, and an average is shorter than 1, so it is
-    normalised again, as released. The first scale has no coarser map: zeros, of which the MLP makes
-    a learned constant."""
+    bilinearly as released. An average of unit vectors is shorter than 1, so it is normalised again,
+    as released: it goes through the same MLP as code vectors, and to the decoder. The first scale
+    has no coarser map: it gets zeros, which the MLP turns into a learned constant."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
@@ -405,7 +405,7 @@ class Checkerboard(nn.Module):
         self.embed_positions = nn.Embedding(L, D)                        # pos[.] of Eq. 1
         self.empty_token_pos = nn.Parameter(torch.zeros(D))              # pos[b_0]
         self.empty_token_emb = nn.Parameter(torch.zeros(D))              # for MLP(z[b_0])
-        self.embed_codevecs_mlp = nn.Sequential(                         # unfolds codes (Sec. 3.3)
+        self.embed_codevecs_mlp = nn.Sequential(                         # of z and z_up (Sec. 3.3)
             nn.Linear(C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
@@ -417,8 +417,8 @@ class Checkerboard(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise what differs from torch's defaults: matrices of the layers as released, and
-        modulations as ours, a factor of 1 and a shift of 0, which leave RMSNorm as it is."""
+        """What differs from torch's defaults: matrices of the layers and lm_head as released; ours,
+        a factor of 1 and a shift of 0 for all classes, which leave RMSNorm as it is."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
@@ -427,8 +427,8 @@ class Checkerboard(nn.Module):
                 nn.init.zeros_(modulation[1].weight)
                 nn.init.zeros_(modulation[1].bias)                       # the shift
                 nn.init.ones_(modulation[1].bias[self.config.width:])    # the factor
-        # Ours: all codes are equally likely, so that the loss starts at log V, 5.55 for V = 256 and
-        # 8.32 for the paper's 4096.
+        # All codes are equally likely at first, so that the loss starts at log V, 5.55 for V = 256
+        # and 8.32 for the paper's 4096.
         nn.init.zeros_(self.lm_head.weight)
         nn.init.zeros_(self.lm_head.bias)
 
@@ -494,8 +494,8 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z (None: z), the z of codes of which some
-        are replaced, so that the model does not trust the coarser map blindly (as released)."""
+        order of layout.cell[1:]. z_up is made of noisy_z (None: z), the z of codes of which a tenth
+        is replaced, so that the model does not trust the coarser map blindly (as released)."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -541,8 +541,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook is the tokenizer's. The first cfg_start steps are not guided, for diversity: five are
     the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
-    If there are no more steps than that, the second half is guided. If choose is given, it takes
-    the place of `draw`: it makes codes (B, T) of guided logits (B, T, V) and the cells (T,).
+    If there are no more steps than that, the second half is guided (ours). If choose is given, it
+    is used instead of `draw`: choose(guided logits (B, T, V), cells (T,)) returns codes (B, T).
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -552,7 +552,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # labels, tokens and caches hold the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-    if cfg_start >= len(layout.steps):  # ours: otherwise none would be guided
+    if cfg_start >= len(layout.steps):  # otherwise none would be guided
         cfg_start = len(layout.steps) // 2
     class_token, modulations = model.embed_class(labels)
     ropes = model.ropes(layout)
@@ -562,14 +562,14 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     z = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(z)
     for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0, as cfg_start does
-        # Forward. z_up is the same in all steps of a scale; to make it again is cheap.
+        # Forward. z_up is the same in all steps of a scale; making it again is cheap.
         cell = layout.cell[start:end]                                       # (T,)
         z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
         x = model.inputs(z, z_up, layout, start, end)                       # (B, T, D)
         if cfg > 0:  # before cfg_start too: later steps attend to the unconditional half's cache
             x = torch.cat([x, x])                                           # (2B, T, D)
         if t == 0:
-            # The class token comes along with the first block, and must not see it: hence a mask.
+            # The class token comes along. It must not see the first block, as in training: a mask.
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
         else:
@@ -678,7 +678,7 @@ def vqgan_half(c_in, channels, c_out, blocks, resample, is_decoder):
 
 
 def vqgan(config):
-    """The VQGAN's encoder and decoder, which has one more block for each resolution."""
+    """The VQGAN's encoder and decoder. The latter has one more block for each resolution."""
     def halve(c):  # as released: zeros at the right and at the bottom only
         return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
 
@@ -706,7 +706,7 @@ def write_whole(path):
 
 
 def lacks_memory(error):
-    """Whether an error of Python, or of torch, says so."""
+    """Whether an error, of Python or of torch, says that memory ran out."""
     said = str(error)
     return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
@@ -714,7 +714,7 @@ def lacks_memory(error):
 @contextlib.contextmanager
 def reading(path):
     """Whatever a damaged file raises inside becomes a ValueError of one line that names the file.
-    Faults of the machine, as lack of memory, stay what they are."""
+    Faults of the machine, such as lack of memory, stay what they are."""
     try:
         yield
     except Exception as error:
@@ -735,7 +735,7 @@ def read(path):
 
 
 def build(kind, config, weights):
-    """A module of this kind with these weights. On the meta device, others take no memory."""
+    """A module of this kind with these weights. On "meta", its first ones take no memory."""
     with torch.device("meta"):
         module = kind(config)
     module.load_state_dict(weights, assign=True)
@@ -746,7 +746,7 @@ def build(kind, config, weights):
 
 def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a checkpoint, ours or the author's. defaults are
-    steps, cfg and temperature."""
+    steps (P), cfg and temperature."""
     state = read(path)
     if "lm_head.weight" not in state.get("model", ()):
         raise ValueError(f"{path}: not a checkpoint with a model to draw from; a tokenizer?")
@@ -838,7 +838,7 @@ def released_tokenizer_config(tensors):
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
     """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). The
-    cache of model L takes 3.6 GB of a GPU with guidance (counted)."""
+    cache of model L takes 3.6 GB of a GPU with guidance, in bfloat16 (counted)."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
@@ -873,7 +873,7 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on from what was saved\n")
+            self.exit(130, "\nstopped; the same command goes on from what it saved\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit(141)
