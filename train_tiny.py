@@ -79,7 +79,7 @@ VALUES = {  #          tiny, S, L
 }
 RECIPES = {name: dict(zip(VALUES, values))
            for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
-# What tiny changes for pictures: an hour or so of a CPU. S and L are as above, untried.
+# What tiny changes for pictures; tokenizer_iters grow like iters, to 4695. S and L are untried.
 PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
@@ -163,9 +163,9 @@ def train_transformer(run, images, tokenizer, codes):
         if not math.isfinite(means[0]):
             raise ValueError(f"the loss is {means[0]} at step {step + 1}: try a smaller --lr")
 
-        # Save. Checkpoints and pictures take a twentieth of the time at most.
+        # Save, at a row of the log. Files and pictures take a twentieth of the time at most.
         start = time.monotonic()
-        if start > next_save:
+        if start > next_save and step + 1 < run.iters:
             save(path, run, model, optimizers, tokenizer, step + 1, log)
             end = time.monotonic()
             next_save = end + max(60, 20 * (end - start))
@@ -189,8 +189,8 @@ def make_model(run, tokenizer):
 
 
 def held_out_tokens(run, images, tokenizer, every):
-    """What held_out_loss takes, of 32 held-out images, or of more that take a twentieth of the time
-    (forward is a third of a step). None if none is held out."""
+    """What held_out_loss takes, of as many held-out images as take a twentieth of the time (forward
+    is a third of a step), but 32 at least. None if none is held out."""
     if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
@@ -326,7 +326,7 @@ def start_from(model, tokenizer, path):
 
 def images_that_fit(run, model):
     """How many images a forward and backward takes at once: a batch, or as many as a CUDA card
-    holds. A token takes so many bytes (counted), and a weight 16, with gradient and averages."""
+    holds; cards of equal memory. A token takes so many bytes (counted), a weight 16 in all."""
     batch, config = run.batch_size // WORLD, model.config
     if run.device.type != "cuda":
         return batch
@@ -345,8 +345,8 @@ def held_out_loss(model, codebook, codes, labels, layout):
 
 
 def draw_pictures(run, model, tokenizer):
-    """samples.png: a row of eight for each class, or for 16 of them. progress.gif (Fig. 1): the
-    first eight after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
+    """samples.png: a row of eight for each class, or for 16 at most. progress.gif (Fig. 1): its
+    first eight pictures after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
     every = math.ceil(len(run.classes) / 16)
     labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
     options = dict(run.defaults)
@@ -487,7 +487,7 @@ def append_codes(path, run, images, tokenizer):
     with open(path, "ab") as file:
         first = file.tell() // bytes_of_one
         file.truncate(first * bytes_of_one)
-        for start in tqdm(range(first, images.train, 32), "coding images", unit="batch"):
+        for start in tqdm(range(first, images.train, 32), "coding images"):
             pictures = images.read(range(start, min(start + 32, images.train)))
             coded = [encode(tokenizer, crop(pictures, images.size, view), run.sizes)
                      for view in images.views]                              # (32, L) each
@@ -605,18 +605,18 @@ def class_names(folder, classes):
     if not os.path.isfile(path):
         return classes
     with open(path, encoding="utf8", errors="replace") as file:
-        words = dict(line.strip().split("\t", 1) for line in file if "\t" in line)
+        words = dict(re.findall(r"(.+?)\t(.+)", file.read()))
     names = [words.get(name, name).split(",")[0] for name in classes]
     return [word if names.count(word) == 1 else name for word, name in zip(names, classes)]
 
 
 def hold_out(names):
     """The names of all files in an order of their own, those to train on first; and how many those
-    are. One in twenty is held out, but never the last of a class. As its name decides, a file that
-    is removed moves no other; but of more than 40,000 files, the first 2000 are held out."""
+    are. One in twenty is held out, 2000 at most, but never the last of a class. As names decide, a
+    file that is removed moves one other at most."""
     checksums = {name: zlib.crc32(os.fsencode(name)) for name in sorted(names)}
     names = sorted(checksums, key=checksums.get)
-    last = {*{name.split("/")[0]: name for name in names}.values()}
+    last = {*{name.split("/")[0]: name for name in names}.values()}  # of each class
     twentieth = [name for name in names if checksums[name] < 2 ** 32 // 20 and name not in last]
     held_out = dict.fromkeys(twentieth[:2000])  # a set that keeps its order
     train = [name for name in names if name not in held_out]
@@ -845,9 +845,9 @@ def main(arguments=None):
     add("--init", type=os.path.abspath, metavar="CHECKPOINT",
         help="start from a trained model, also of another --scale")
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
-        help="(default: 32 for tiny, 64 for S and L, 256 with a VQGAN)")
+        help="(default: 32 for tiny, 64 for S and L; that of a given tokenizer, 256 of a VQGAN)")
     add("--iters", type=within(int, 1), help="steps of training; the tokenizer's are in proportion "
-        "(default: tiny 1150, on pictures 3600; S 6000, L 12000; with a VQGAN the paper's epochs)")
+        "(default: tiny 1150, on pictures 3600; S 6000, L 12000; those with a VQGAN: the paper's)")
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, on pictures 64; S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
         "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")

@@ -13,9 +13,8 @@ and both are trained on true clusters: their losses add up. If K = V, stage 2 ha
     python study/coarse.py train runs/toy-2x --clusters 64    both stages, on that run's codes
     python study/coarse.py compare                            with plain models, an hour
 
-`train` takes tokenizer, codes and recipe from the folder of a run of train_tiny.py. It writes
-coarse-K.pt and, at the end, samples in coarse-K.png beside that run's own; the same command
-continues. It trains in one process, and whole batches at once: a small card may lack the memory.
+`train` takes tokenizer, codes and recipe from the folder of a run of train_tiny.py. In it, it makes
+a folder coarse-K with the files of a run: the same command goes on with it.
 """
 
 import argparse
@@ -24,19 +23,17 @@ import math
 import os
 import time
 from dataclasses import replace
+from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from study import DEVICE, FIRST, Study, four_digits  # makes ckgen and train_tiny importable
+from study import FIRST, Study  # makes ckgen and train_tiny importable
 import ckgen
 import train_tiny
-from ckgen import Checkerboard, Config, Layout, loss_by_scale
+from ckgen import Checkerboard, sample
 
-# 1. Clusters --------------------------------------------------------------------------------------
 
 def cluster_codebook(codebook, K, seed=0, rounds=100):
     """k-means of a codebook (V, C): the cluster (V,) of each code, and the K clusters' centroids
@@ -57,29 +54,36 @@ def cluster_codebook(codebook, K, seed=0, rounds=100):
     return cluster, centroids
 
 
-# 2. The two stages --------------------------------------------------------------------------------
-
 class CoarseToFine(nn.Module):
-    """Both stages, two Checkerboards: config.codes is V, clusters is K."""
+    """Both stages, two Checkerboards, for a codebook (V, C) and K clusters."""
 
-    def __init__(self, config, clusters):
+    def __init__(self, config, codebook, K, seed=0):
         super().__init__()
         self.config = config
-        self.coarse = Checkerboard(replace(config, codes=clusters))
+        self.coarse = Checkerboard(replace(config, codes=K))
         self.fine = Checkerboard(config)
-        self.register_buffer("cluster", torch.zeros(config.codes, dtype=torch.long))        # (V,)
-        self.register_buffer("centroids", torch.zeros(clusters, config.code_dim))           # (K, C)
+        cluster, centroids = cluster_codebook(codebook, K, seed)
+        self.register_buffer("codebook", codebook)                       # (V, C)
+        self.register_buffer("cluster", cluster)                         # (V,)
+        self.register_buffer("centroids", centroids)                     # (K, C)
+        self.register_buffer("evenly", -cluster.bincount()[cluster].log())  # (V,): -log of sizes
 
-    def forward(self, codes, labels, layout, noisy):
-        """Training on codes (B, L). z_up is made of `noisy` codes. Returns the losses of each
-        stage, (2, 1 + scales), as loss_by_scale does."""
-        clusters = self.cluster[codes]
-        z = self.centroids[clusters]
-        noisy_z = self.centroids[self.cluster[noisy]]
-        coarse_logits = self.coarse(z, labels, layout, noisy_z)          # (B, L, K)
-        fine_logits = self.refine(clusters, labels, layout)              # (B, L, V)
-        return torch.stack([loss_by_scale(coarse_logits, clusters, layout),
-                            loss_by_scale(fine_logits, codes, layout)])
+    def forward(self, z, labels, layout, noisy_z=None):
+        """Training, as of a Checkerboard: logits (B, L, V) in layout order. All codes of a cluster
+        have its probability together: those of the true cluster share it as stage 2 says, others
+        evenly. So their cross-entropy is the sum of both stages' losses."""
+        clusters = self.cluster_of(z)
+        noisy = clusters if noisy_z is None else self.cluster_of(noisy_z)
+        z, noisy_z = self.centroids[clusters], self.centroids[noisy]
+        coarse = self.coarse(z, labels, layout, noisy_z).log_softmax(-1)  # (B, L, K)
+        fine = self.refine(clusters, labels, layout)                     # (B, L, V)
+        within = torch.where(fine.isinf(), self.evenly, fine.log_softmax(-1))
+        return coarse[..., self.cluster] + within
+
+    def cluster_of(self, z):
+        """The clusters (B, L) of the codes whose vectors are z (B, L, C)."""
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would take a neighbour
+            return self.cluster[(z @ self.codebook.T).argmax(-1)]
 
     def refine(self, clusters, labels, layout):
         """Stage 2: logits (B, L, V) in layout order, given all clusters (B, L). Tokens are as in
@@ -92,115 +96,50 @@ class CoarseToFine(nn.Module):
         outside = self.cluster != clusters[:, layout.cell[1:], None]     # (B, L, V)
         return logits.masked_fill(outside, -math.inf)
 
-    @torch.no_grad()
-    def sample(self, labels, layout, cfg=0.0, temperature=1.0, fine_temperature=None,
-               generator=None, **options):
-        """Draw codes (B, L) for labels (B,), guided in both stages. fine_temperature is that of
-        stage 2, by default that of stage 1. options: cfg_start."""
-        if fine_temperature is None:
-            fine_temperature = temperature
-        clusters = ckgen.sample(self.coarse, self.centroids, labels, layout, cfg=cfg,
-                                temperature=temperature, generator=generator, **options)
-        logits = self.refine(clusters, labels, layout)
-        if cfg > 0:
-            uncond = self.refine(clusters, torch.full_like(labels, self.config.classes), layout)
-            guided = logits + cfg * (logits - uncond)                    # -inf - -inf is nan
-            logits = torch.where(logits.isinf(), logits, guided)
-        codes = torch.empty_like(clusters)
-        codes[:, layout.cell[1:]] = ckgen.draw(logits, fine_temperature, generator)
-        return codes
 
+@torch.no_grad()
+def sample_both(model, codebook, labels, layout, cfg=0.0, temperature=1.0, fine_temperature=None,
+                generator=None, **options):
+    """`sample` of both stages: codes (B, L) for labels (B,), guided in both. fine_temperature is
+    that of stage 2, by default that of stage 1."""
+    if fine_temperature is None:
+        fine_temperature = temperature
+    clusters = sample(model.coarse, model.centroids, labels, layout, cfg, temperature=temperature,
+                      generator=generator, **options)
+    logits = model.refine(clusters, labels, layout)
+    if cfg > 0:
+        uncond = model.refine(clusters, torch.full_like(labels, model.config.classes), layout)
+        guided = logits + cfg * (logits - uncond)                        # -inf - -inf is nan
+        logits = torch.where(logits.isinf(), logits, guided)
+    codes = torch.empty_like(clusters)
+    codes[:, layout.cell[1:]] = ckgen.draw(logits, fine_temperature, generator)
+    return codes
 
-# 3. Training --------------------------------------------------------------------------------------
 
 def train(folder, K, device=None):
-    """Train both stages with K clusters on the codes of the run in a folder, or go on with it.
-    Returns (model, tokenizer). Raises ValueError or OSError."""
+    """Train both stages with K clusters on the codes of the run in a folder, or go on with it, in
+    its folder coarse-K. Returns (model, tokenizer). Raises ValueError or OSError."""
     options = train_tiny.stored_options(folder)
     if not options:
         raise ValueError(f"{folder}: holds no run of train_tiny.py")
+    device, dtype = ckgen.find_device(device)
+    tokenizer = ckgen.load_tokenizer(f"{folder}/tokenizer.pt", device)
+    run = train_tiny.make_run(options, folder, None, device, dtype)
+    side = run.image_size // tokenizer.config.stride
+    run.sizes = ckgen.scale_sizes(side, train_tiny.SCALES[run.scale])
+    images = train_tiny.open_images(run)
+    torch.manual_seed(run.seed)
+    config = train_tiny.model_config(run, tokenizer)
+    model = CoarseToFine(config, tokenizer.codebook().cpu(), K, run.seed)
     with train_tiny.lock(folder):
-        device, dtype = ckgen.find_device(device)
-        path = f"{folder}/coarse-{K}.pt"
-        tokenizer = ckgen.load_tokenizer(f"{folder}/tokenizer.pt", device)
-        run = train_tiny.make_run(options, folder, None, device, dtype)
-        side = run.image_size // tokenizer.config.stride
-        run.sizes = ckgen.scale_sizes(side, train_tiny.SCALES[run.scale])
-        images = train_tiny.open_images(run)
         codes = train_tiny.code_images(run, images, tokenizer)
-        torch.manual_seed(run.seed)
-        model = CoarseToFine(train_tiny.model_config(run, tokenizer), K)
-        codebook = tokenizer.codebook().cpu()                            # (V, C)
-        model.cluster, model.centroids = cluster_codebook(codebook, K, run.seed)
-        model.to(device)
-        optimizers = train_tiny.make_optimizers(model, run)
-        first = 0
-        if os.path.exists(path):
-            state = train_tiny.resume(path, model, optimizers, tokenizer)
-            first = state["step"]
-            if state["options"] != run.options:
-                raise ValueError(f"{path}: of another run; remove it")
-        train_stages(run, path, model, optimizers, tokenizer, images, codes, first)
-        draw(run, path.replace(".pt", ".png"), model, tokenizer)
+        run.out = f"{folder}/coarse-{K}"
+        os.makedirs(run.out, exist_ok=True)
+        with mock.patch.object(train_tiny, "make_model", lambda *_: model):
+            with mock.patch.object(ckgen, "sample", sample_both):
+                train_tiny.train_transformer(run, images, tokenizer, codes)
     return model, tokenizer
 
-
-def train_stages(run, path, model, optimizers, tokenizer, images, codes, first):
-    """Train from a first step on, and write the file of this path about once a minute."""
-    layout_of, saved = functools.cache(lambda P: Layout(run.sizes, P, run.device)), time.monotonic()
-    bar = tqdm(range(first, run.iters), "both stages", initial=first, total=run.iters, unit="step")
-    for step in bar:
-        x, y, noisy, P = train_tiny.draw_batch(run, images, codes, model.config.codes, step)
-        with torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16):
-            losses = model(x, y, layout_of(P), noisy)[:, 0]
-        model.zero_grad()
-        losses.sum().backward()
-        train_tiny.set_learning_rates(run, optimizers, step)
-        for optimizer in optimizers:
-            optimizer.step()
-
-        last = step + 1 == run.iters
-        if (step + 1) % 10 == 0 or last:
-            coarse, fine = losses.tolist()
-            bar.set_postfix(clusters=f"{coarse:.3f}", codes=f"{fine:.3f}")
-            if not math.isfinite(coarse + fine):
-                raise ValueError(f"the loss is {coarse + fine} at step {step + 1}")
-        if last or time.monotonic() - saved > 60:
-            train_tiny.save_checkpoint(path, run, model, optimizers, tokenizer, step + 1, [])
-            saved = time.monotonic()
-
-
-def draw(run, path, model, tokenizer):
-    """Write eight samples of each class, or of 16 classes, to a file of this path."""
-    every = math.ceil(len(run.classes) / 16)
-    labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
-    options = dict(run.defaults)
-    layout = Layout(run.sizes, options.pop("steps"), run.device)
-    codes = generate(model, tokenizer, labels, layout, run.seed, **options)
-    pictures = ckgen.decode_scale(tokenizer, codes, layout)
-    with ckgen.write_whole(path) as file:
-        ckgen.arrange(pictures, run.classes[::every]).save(file, "PNG")
-    print(f"{path}: {len(labels)} images, {len(layout.steps)} steps each and one of refinement")
-
-
-def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """Sample for any number of labels (n,) with the options of `sample`: codes (n, L)."""
-    options["generator"] = torch.Generator(labels.device).manual_seed(seed)
-    parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
-    return torch.cat([model.sample(part, layout, **options) for part in parts])
-
-
-@torch.no_grad()
-def held_out_loss(model, codebook, codes, labels, layout):
-    """Mean cross-entropy over images of codes (n, L): the sum of both stages, of all tokens, then
-    of each scale; then of all tokens that of stage 2."""
-    parts = zip(codes.split(64), labels.to(codes.device).split(64))
-    total = sum(len(x) * model(x, y, layout, x) for x, y in parts)       # (2, 1 + scales)
-    losses = total.cpu() / len(codes)
-    return torch.cat([losses.sum(0), losses[1, :1]])
-
-
-# 4. Against plain models --------------------------------------------------------------------------
 
 def compare(args):
     """Coarse to fine against plain, on the same 1024 codes, in as many steps of training and of
@@ -208,33 +147,33 @@ def compare(args):
     # Pictures take half of their recipe's steps, since two stages cost as much as two models.
     iters = train_tiny.PICTURES["iters"] // 2 if args.data else None
     study = Study(args.quick, args.data, "coarse", iters, ["--codes", "1024"])
-    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=DEVICE)
+    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=study.device)
     labels %= len(study.images.classes)
     network, tokenizer = study.load(FIRST)
     codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
     codebook = tokenizer.codebook()
     rows = []
-    for K in (0, 256) if args.data else (0, 64, 256):
-        sampler, loss = ckgen.generate, train_tiny.held_out_loss
+    for K in (0, 256) if args.data else (0, 64, 256):  # 0: plain
+        loss = functools.partial(train_tiny.held_out_loss, labels=study.labels, layout=layout)
+        first = 0
         if K:
-            network, tokenizer = train(f"{study.folder}/{FIRST}", K, DEVICE)
-            sampler, loss = generate, held_out_loss
-        nats = loss(network, codebook, codes, study.labels, layout)
-        start = time.monotonic()
-        sampler(network, tokenizer, labels, layout, cfg=0.5)
-        seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
-        for T in (0.5, 0.8, 1.0, 1.1):
-            for fine in (T, T / 2) if K else (T,):
-                options = {"temperature": T} | ({"fine_temperature": fine} if K else {})
-                scores = study.samples(network, tokenizer, layout, sampler, cfg=0.5, **options)
-                rows.append(four_digits({
-                    "K": K, "T": T, "fine T": fine, "nats": nats[0],
-                    "of them fine": nats[-1] if K else 0,
-                    "nats finest map": nats[len(layout.sizes)], "ms an image": seconds} | scores))
-                study.write_csv(f"{study.prefix}coarse.csv", rows)
+            network, tokenizer = train(f"{study.folder}/{FIRST}", K, study.device)
+            first = loss(network.coarse, network.centroids, network.cluster[codes])[0]
+        nats = loss(network, codebook, codes)
+        with mock.patch.object(ckgen, "sample", sample_both if K else sample):
+            start = time.monotonic()
+            ckgen.generate(network, tokenizer, labels, layout, cfg=0.5)[-1].tolist()  # waits
+            seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
+            for T in (0.5, 0.8, 1.0, 1.1):
+                for fine in (T, T / 2) if K else (T,):
+                    options = {"temperature": T} | ({"fine_temperature": fine} if K else {})
+                    scores = study.samples(network, tokenizer, layout, cfg=0.5, **options)
+                    rows.append({
+                        "K": K, "T": T, "fine T": fine, "nats": nats[0],
+                        "of them fine": nats[0] - first if K else 0, "nats finest map": nats[-1],
+                        "ms an image": seconds} | scores)
+                    study.write_csv(f"{study.prefix}coarse.csv", rows)
 
-
-# 5. Command line ----------------------------------------------------------------------------------
 
 def main(arguments=None):
     """The command line of this file."""

@@ -5,11 +5,10 @@
 
 draws what is missing of held-out pictures, or of files. The codes of known cells are taken instead
 of drawn. This alone fails for half a picture: the 1x1 map, which decides what the picture shows, is
-drawn before a known cell is seen. But the model also says how probable the known codes were, given
-all that was drawn before them. So several candidates are drawn side by side, and one of them is
-kept, with chances in proportion to that probability. This is sampling-importance resampling: exact
-for many candidates only; a few of them carry nearly all the weight. If coarse maps are kept, all
-candidates fit alike, and one is enough. Of toy shapes it says how often two colours mix.
+drawn before a known cell is seen. So several candidates are drawn side by side, and one is kept,
+with chances in proportion to how probable the model finds the known codes, given all that was drawn
+before them: sampling-importance resampling, exact for many candidates only. If coarse maps are
+kept, one is enough. Of toy shapes it says how often two colours mix.
 
 Pictures are cut to a square, brought to the model's size, and coded: the first row shows them
 decoded. A tokenizer cannot show what is unlike the pictures that it was trained on.
@@ -30,7 +29,7 @@ import ckgen
 import train_tiny
 from ckgen import Layout
 
-HALVES = ("left", "right", "top", "bottom")
+HALVES = ("left", "bottom", "right", "top")  # each a quarter turn of the one before
 
 
 def sample_around(model, codebook, labels, layout, known, temperature=1.0, generator=None,
@@ -68,8 +67,7 @@ def half(name, size):
     """The pixels (size, size), bool, of one of HALVES."""
     pixels = torch.zeros(size, size, dtype=torch.bool)
     pixels[:, :size // 2] = True
-    # rot90 turns counter-clockwise.
-    return pixels.rot90(("left", "bottom", "right", "top").index(name))
+    return pixels.rot90(HALVES.index(name))
 
 
 def complete_all(args):
@@ -103,34 +101,34 @@ def complete_all(args):
         pictures, labels = images.held_out(args.n)
     toy = not args.pictures and images.paths is None
 
-    codebook, codes = tokenizer.codebook(), train_tiny.encode(tokenizer, pictures, layout.sizes)
-    whole = ckgen.decode_scale(tokenizer, codes, layout)
-    rows, names = [whole], ["decoded"]
-    for keep in args.keep:
-        # A row shows what is known of them.
-        if keep in HALVES:
-            pixels = half(keep, size)
-            known = known_codes(codes, pixels, layout)
-            rows.append(np.where(pixels[..., None], whole, np.uint8(128)))
-        else:
-            scale = maps.index(keep)
-            known = codes.clone()
-            known[:, layout.scales[scale].stop:] = -1
-            rows.append(ckgen.decode_scale(tokenizer, codes, layout, scale))
-        names.append(f"kept: {keep}")
-
-        # Then a row for each number of candidates.
-        for candidates in args.candidates or ([1, 64] if keep in HALVES else [1]):
-            generator = torch.Generator(device).manual_seed(args.seed)
-            completed = [complete(model, codebook, labels[i:i + 1].to(device), layout, known[i],
-                                  candidates, generator, **options)
-                         for i in tqdm(range(len(labels)), f"{candidates} candidates", leave=False)]
-            rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
-            names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
-            if toy:
-                mixed = evaluate.two_colours(torch.from_numpy(rows[-1]).movedim(-1, 1))
-                print(f"{keep}, {names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
     with ckgen.write_whole(args.out) as file:
+        codebook, codes = tokenizer.codebook(), train_tiny.encode(tokenizer, pictures, layout.sizes)
+        whole = ckgen.decode_scale(tokenizer, codes, layout)
+        rows, names = [whole], ["decoded"]
+        for keep in args.keep:
+            # A row shows what is known of them.
+            if keep in HALVES:
+                pixels = half(keep, size)
+                known = known_codes(codes, pixels, layout)
+                rows.append(np.where(pixels[..., None], whole, np.uint8(128)))
+            else:
+                scale = maps.index(keep)
+                known = codes.clone()
+                known[:, layout.scales[scale].stop:] = -1
+                rows.append(ckgen.decode_scale(tokenizer, codes, layout, scale))
+            names.append(f"kept: {keep}")
+
+            # Then a row for each number of candidates.
+            for candidates in args.candidates or ([1, 64] if keep in HALVES else [1]):
+                generator = torch.Generator(device).manual_seed(args.seed)
+                bar = tqdm(range(len(labels)), f"{candidates} candidates", leave=False)
+                completed = [complete(model, codebook, labels[i:i + 1].to(device), layout, known[i],
+                                      candidates, generator, **options) for i in bar]
+                rows.append(ckgen.decode_scale(tokenizer, torch.stack(completed), layout))
+                names.append(f"{candidates} candidate{'s' * (candidates > 1)}")
+                if toy:
+                    mixed = evaluate.two_colours(torch.from_numpy(rows[-1]).movedim(-1, 1))
+                    print(f"{keep}, {names[-1]}: two colours in {mixed:.1%} of {args.n} pictures")
         ckgen.picture_grid([row[:8] for row in rows], names).save(file, "PNG")
     print(f"{args.out}: {', '.join(names)}; P = {P}, {options}")
 

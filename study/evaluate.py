@@ -51,7 +51,7 @@ class Judge(nn.Module):
 
 
 def train_judge(images, tokenizer, iters):
-    """Train a Judge on the real images. All of a batch are mirrored and shifted alike."""
+    """Train a Judge on real images, half of them decoded. All of a batch are shifted alike."""
     torch.manual_seed(0)
     device = tokenizer.codebook_weight.device
     judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
@@ -82,8 +82,8 @@ def judge_of(path, images, tokenizer, iters=None):
     checksum = zlib.crc32(codebook.cpu().numpy().tobytes())
     belongs = [images.fingerprint, images.size, checksum]
     if not os.path.exists(path):
-        judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
         with ckgen.write_whole(path) as file:
+            judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
             torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
     state = ckgen.read(path)
     with ckgen.reading(path):
@@ -110,11 +110,9 @@ def frechet_distance(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
-def accuracy_and_distance(judge, reference, f, labels):
-    """Share of pictures with features f (n, 128) that the judge takes for their labels (n,), and
-    the Frechet distance of f to the reference, features too."""
-    right = judge.head(f.to(judge.head.weight.device)).argmax(-1).cpu() == labels
-    return right.double().mean().item(), frechet_distance(f, reference)
+def spread(f, labels):
+    """Variance of features f (n, d) within their classes, summed over these."""
+    return sum(f[labels == k].var(0).sum() for k in labels.unique())
 
 
 def two_colours(images):
@@ -125,12 +123,6 @@ def two_colours(images):
     covers = F.one_hot(far.argmin(-1), len(colours)) * (far.amin(-1, keepdim=True) < 60)
     most = covers.sum(1).sort(-1, descending=True).values                           # (n, 6)
     return (most[:, 1] > 0.1 * most[:, 0]).double().mean().item()
-
-
-def decibels(pictures, real):
-    """Peak signal-to-noise ratio of pictures, both (n, 3, h, h), uint8."""
-    error = (pictures.float() - real).square().mean().item()
-    return 10 * math.log10(255 ** 2 / error)
 
 
 def decode(tokenizer, codes, layout):
@@ -144,11 +136,28 @@ def reconstruct(tokenizer, images):
     return decode(tokenizer, encode(tokenizer, images, (n,)), Layout((n,), 1))
 
 
-def reference_of(judge, tokenizer, images):
-    """Features of up to 10,000 training images through the tokenizer, and their labels."""
-    some = range(min(10000, images.train))
-    pictures = reconstruct(tokenizer, crop(images.read(some), images.size))
-    return features(judge, pictures), images.labels[some]
+class Scores:
+    """Compares pictures with up to 10,000 training images through the tokenizer."""
+
+    def __init__(self, judge, images, tokenizer):
+        some = range(min(10000, images.train))
+        pictures = reconstruct(tokenizer, crop(images.read(some), images.size))
+        self.judge, self.toy = judge, images.paths is None
+        self.reference = features(judge, pictures)
+        self.spread = spread(self.reference, images.labels[some])
+
+    def __call__(self, pictures, labels):
+        """Scores of pictures (n, 3, h, h), uint8, of these classes: the share that the judge takes
+        for them; Frechet distance; spread, over that of training images; of toy shapes also in
+        how many two colours mix."""
+        f = features(self.judge, pictures)
+        right = self.judge.head(f.to(self.judge.head.weight.device)).argmax(-1).cpu() == labels
+        found = {"accuracy": right.double().mean().item(),
+                 "distance": frechet_distance(f, self.reference),
+                 "spread": (spread(f, labels) / self.spread).item()}
+        if self.toy:
+            found["two colours"] = two_colours(pictures)
+        return found
 
 
 @torch.no_grad()
@@ -192,7 +201,8 @@ def evaluate(args):
     # Tokenizer and losses.
     codes, codebook = encode(tokenizer, real, sizes), tokenizer.codebook()
     decoded = decode(tokenizer, codes, layout)
-    print(f"tokenizer: {decibels(decoded, real):.1f} dB on {len(real)} held-out images, "
+    error = (decoded.float() - real).square().mean().item()
+    print(f"tokenizer: {10 * math.log10(255 ** 2 / error):.1f} dB on {len(real)} held-out images, "
           f"{len(codes.unique())} of {V} codes in use")
     print("held-out loss, nats a token: all, then maps", *sizes)
     for other in sorted({1, 2, 3, 4, 8, 16, P}):
@@ -210,16 +220,15 @@ def evaluate(args):
     # Samples and floors.
     folder = os.path.dirname(args.checkpoint)
     judge = judge_of(args.judge or os.path.join(folder, "judge.pt"), images, tokenizer)
-    reference, _ = reference_of(judge, tokenizer, images)
+    scores = Scores(judge, images, tokenizer)
 
     def say(name, pictures, truth):
-        f = features(judge, pictures)
-        accuracy, distance = accuracy_and_distance(judge, reference, f, truth)
-        mixed = "" if options["data"] else f"; two colours {two_colours(pictures):.1%}"
-        print(f"  {len(pictures)} {name}: class accuracy {accuracy:.3f}, "
-              f"Frechet distance {distance:.2f}{mixed}")
+        found = scores(pictures, truth)
+        mixed = f"; two colours {found['two colours']:.1%}" if scores.toy else ""
+        print(f"  {len(pictures)} {name}: class accuracy {found['accuracy']:.3f}, "
+              f"Frechet distance {found['distance']:.2f}{mixed}")
 
-    print(f"by the judge, beside {len(reference)} training images through the tokenizer:")
+    print(f"by the judge, beside {len(scores.reference)} training images through the tokenizer:")
     say("held out", real, labels)
     say("held out, decoded", decoded, labels)
     wanted = torch.arange(SAMPLES) % len(classes)

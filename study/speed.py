@@ -3,13 +3,15 @@
     python study/speed.py                 tiny, S and L, with random weights
     python study/speed.py --config S      one of them
 
-Each time stands beside a floor: the time in which this device copies the weights of all layers once
-for each step, or computes as many products in large matrices, whichever is longer. On a CUDA GPU a
+Each time stands beside a floor: the time in which this device moves the bytes of all layers'
+weights once for each step, or computes as many products in large matrices, whichever is longer.
+torch counts no products of attention on a CPU, a tenth of all for tiny and S. On a CUDA GPU a
 second way to draw is measured, SamplerGraph: `sample` as one CUDA graph. No card has run it yet.
 """
 
 import argparse
 import copy
+import functools
 
 import torch
 from torch.utils.benchmark import Timer
@@ -62,7 +64,7 @@ def bench(args):
     bandwidth = 2 * source.nbytes / timed(lambda: copied.copy_(source))
     speed = 2 * n ** 3 / timed(lambda: matrix @ matrix)
     print(f"{device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads: "
-          f"copies {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
+          f"moves {bandwidth / 1e9:.0f} GB/s, multiplies {speed / 1e12:.2f} TFLOP/s")
 
     def measure(what, images, work, counted, read=0):
         with FlopCounterMode(display=False) as counter:
@@ -90,6 +92,7 @@ def bench_config(name, args, device, dtype, measure):
     read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
     small = name == "tiny" or device.type == "cuda"
 
+    # What is measured, of the codes x (batch, L) of the loop below.
     def train():
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
             loss = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
@@ -101,15 +104,13 @@ def bench_config(name, args, device, dtype, measure):
     def draw():
         return sample(drawing, codebook, x[:, 0], layout, cfg=1.5)
 
-    def decode():
-        tokenizer.decode_codes(x[:, layout.scales[-1]])
-
     for batch in (1, 8, 64) if small else (1,):
         x = torch.zeros(batch, config.length, dtype=torch.long, device=device)
         measure(f"{name:5s}draw  ", batch, draw, draw, read)
         if device.type == "cuda":
             graph = SamplerGraph(drawing, codebook, layout, batch, torch.Generator(device), cfg=1.5)
             measure(f"{name:5s}graph ", batch, lambda: graph(x[:, 0]), draw, read)
+        decode = functools.partial(tokenizer.decode_codes, x[:, layout.scales[-1]])
         measure(f"{name:5s}decode", batch, decode, decode)
     if small:
         x = torch.zeros(run.batch_size, config.length, dtype=torch.long, device=device)

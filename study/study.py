@@ -16,7 +16,6 @@ shapes each model is trained twice, from two seeds, and bars in plots show both;
 import argparse
 import csv
 import functools
-import io
 import itertools
 import math
 import os
@@ -33,7 +32,6 @@ import ckgen
 import train_tiny
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DEVICE, _ = ckgen.find_device()
 
 
 def raster(size):
@@ -87,11 +85,6 @@ def summary(values):
     return np.mean(values), min(values), max(values)
 
 
-def four_digits(numbers):
-    """A dictionary of numbers as text."""
-    return {name: f"{number:.4g}" for name, number in numbers.items()}
-
-
 class Study:
     """Trains and measures models, and keeps both. data: a folder of pictures, or None. options:
     more of train_tiny.py, for all models."""
@@ -110,6 +103,7 @@ class Study:
             self.folder = self.figures = f"{HOME}/runs/quick-{kind}-{name}"
             self.iters, self.n, self.seeds, self.judge_iters = 20, 64, (0,), 20
         self.locked = train_tiny.lock(self.folder)
+        self.device, _ = ckgen.find_device()
         self.held_out, self.labels = self.images.held_out(self.n)
         self.rows = {}
         if os.path.exists(f"{self.figures}/{self.csv}"):
@@ -119,88 +113,58 @@ class Study:
                         raise ValueError(f"{self.csv} holds rows of other images: remove it")
                     self.rows[tuple(row[name] for name in KEY)] = row
 
-    # Models
-
-    def train(self, name, *options):
-        """(network, tokenizer) that train_tiny.py trains with these options."""
-        out = f"{self.folder}/{name}"
-        data = ["--data", self.data] if self.data else []
-        train_tiny.main(["--config", "tiny", "--device", str(DEVICE), "--iters", str(self.iters),
-                         "--out", out, *data, *self.options, *options])
-        return ckgen.load(f"{out}/checkpoint.pt", DEVICE)[:2]
-
     @functools.cache
     def load(self, model):
-        """(network, tokenizer) of a Model. train_tiny.py has no options for order and mixing."""
-        options = ["--scale", model.scale, "--seed", str(model.seed)]
+        """(network, tokenizer) of a Model, which train_tiny.py trains. It has no options for order
+        and mixing."""
+        out = f"{self.folder}/{model}"
+        options = ["--config", "tiny", "--device", str(self.device), "--iters", str(self.iters),
+                   "--scale", model.scale, "--seed", str(model.seed), "--out", out, *self.options]
+        if self.data:
+            options += ["--data", self.data]
         if model != FIRST:
             self.load(FIRST)
             options += ["--tokenizer", f"{self.folder}/{FIRST}/tokenizer.pt"]
         config = functools.partial(ckgen.Config, mixing_layers=model.mixing)
         with mock.patch.object(ckgen, "progressive_checkerboard", ORDERS[model.order]):
             with mock.patch.object(train_tiny, "Config", config):
-                return self.train(str(model), *options)
+                train_tiny.main(options)
+        return ckgen.load(f"{out}/checkpoint.pt", self.device)[:2]
 
-    @functools.cache
     def layout(self, model, P):
         """The Layout of a Model."""
         with mock.patch.object(ckgen, "progressive_checkerboard", ORDERS[model.order]):
             sizes = ckgen.scale_sizes(8, train_tiny.SCALES[model.scale])
-            return ckgen.Layout(sizes, P, DEVICE)
-
-    # Measurements
+            return ckgen.Layout(sizes, P, self.device)
 
     @functools.cached_property
-    def judge(self):
-        """What judges pictures."""
+    def scores(self):
+        """What scores pictures."""
         path, tokenizer = f"{self.folder}/judge.pt", self.load(FIRST)[1]
-        return evaluate.judge_of(path, self.images, tokenizer, self.judge_iters)
+        judge = evaluate.judge_of(path, self.images, tokenizer, self.judge_iters)
+        return evaluate.Scores(judge, self.images, tokenizer)
 
-    @functools.cached_property
-    def reference(self):
-        """Features of training images through the tokenizer, and their labels."""
-        return evaluate.reference_of(self.judge, self.load(FIRST)[1], self.images)
-
-    def scores(self, pictures, labels):
-        """Accuracy; Frechet distance; spread: the variance of features within the classes over that
-        of training images; of toy shapes also in how many two colours mix."""
-        def spread(features, labels):
-            return sum(features[labels == k].var(0).sum().item() for k in labels.unique())
-
-        f = evaluate.features(self.judge, pictures)
-        reference, real_labels = self.reference
-        accuracy, distance = evaluate.accuracy_and_distance(self.judge, reference, f, labels)
-        found = {"accuracy": accuracy, "distance": distance,
-                 "spread": spread(f, labels) / spread(reference, real_labels)}
-        if not self.data:
-            found["two colours"] = evaluate.two_colours(pictures)
-        return found
-
-    def samples(self, network, tokenizer, layout, generate=ckgen.generate, **options):
+    def samples(self, network, tokenizer, layout, **options):
         """The scores of samples of all classes in turn."""
         labels = torch.arange(self.n) % len(self.images.classes)
-        codes = generate(network, tokenizer, labels.to(DEVICE), layout, **options)
+        codes = ckgen.generate(network, tokenizer, labels.to(self.device), layout, **options)
         return self.scores(evaluate.decode(tokenizer, codes, layout), labels)
-
-    @functools.cache
-    def losses(self, network, tokenizer, layout):
-        """Held-out nats a token, as train_tiny.held_out_loss returns them."""
-        codes = train_tiny.encode(tokenizer, self.held_out, layout.sizes)
-        return train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels, layout)
 
     def measure(self, quantity, model, P, cfg=0.0, cfg_start=0):
         """A number of the csv file."""
         key = tuple(map(str, (*model, P, cfg, cfg_start)))
         if key not in self.rows:
-            network, layout = self.load(model), self.layout(model, P)
-            all_tokens, *_, last_map = self.losses(*network, layout).tolist()
-            scores = self.samples(*network, layout, cfg=cfg, cfg_start=cfg_start)
-            self.keep(key, {"steps": len(layout.steps), "nats": all_tokens, "last map": last_map}
+            (network, tokenizer), layout = self.load(model), self.layout(model, P)
+            codes = train_tiny.encode(tokenizer, self.held_out, layout.sizes)
+            nats = train_tiny.held_out_loss(network, tokenizer.codebook(), codes, self.labels,
+                                            layout)
+            scores = self.samples(network, tokenizer, layout, cfg=cfg, cfg_start=cfg_start)
+            self.keep(key, {"steps": len(layout.steps), "nats": nats[0], "last map": nats[-1]}
                       | scores)
         return float(self.rows[key][quantity])
 
     def floor(self, quantity):
-        """The same of held-out images through the tokenizer, which samples can reach."""
+        """A score of held-out images through the tokenizer, which samples can reach."""
         key = ("decoded", *[""] * 6)
         if key not in self.rows:
             decoded = evaluate.reconstruct(self.load(FIRST)[1], self.held_out)
@@ -212,22 +176,20 @@ class Study:
         return summary([self.measure(quantity, model._replace(seed=seed), P, **guidance)
                         for seed in self.seeds])
 
-    # Files
-
     def keep(self, key, numbers):
         """Add a row to the csv file."""
         of_images = {"images": str(self.images.fingerprint)}
-        self.rows[key] = dict(zip(KEY, key)) | four_digits(numbers) | of_images
+        self.rows[key] = dict(zip(KEY, key)) | numbers | of_images
         self.write_csv(self.csv, [*self.rows.values()])
 
     def write_csv(self, name, rows):
-        """Write rows beside the figures."""
+        """Write rows, dictionaries of texts and numbers, beside the figures."""
+        columns = max(rows, key=len)
         with ckgen.write_whole(f"{self.figures}/{name}") as file:
-            text = io.TextIOWrapper(file, newline="")
-            writer = csv.DictWriter(text, max(rows, key=len), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            text.detach()
+            for row in [dict(zip(columns, columns)), *rows]:
+                cells = [row.get(column, "") for column in columns]
+                cells = [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells]
+                file.write(",".join(cells).encode() + b"\n")
 
     def save(self, name, image):
         """Write a figure. WebP takes half of the bytes of PNG, without a loss."""
@@ -237,7 +199,7 @@ class Study:
     def draw(self, model, P, labels, **options):
         """Samples (n, h, w, 3) of a Model."""
         (network, tokenizer), layout = self.load(model), self.layout(model, P)
-        codes = ckgen.generate(network, tokenizer, labels.to(DEVICE), layout, **options)
+        codes = ckgen.generate(network, tokenizer, labels.to(self.device), layout, **options)
         return ckgen.decode_scale(tokenizer, codes, layout)
 
 
@@ -287,7 +249,7 @@ def axis(values, log, start, end):
     return ticks, lambda value: start + (end - start) * (to_unit(value) - first) / (last - first)
 
 
-def plot(title, x_name, lines, log_y=False):
+def plot(title, lines, log_y=False):
     """A line plot as an array, two of which are as wide as a README; prints its numbers.
     lines: {name: [(x, y, least, most), ...]}."""
     image = Image.new("RGB", (1660, 1200), "white")  # twice as large, then averaged
@@ -297,7 +259,7 @@ def plot(title, x_name, lines, log_y=False):
     x_ticks, to_x = axis(points[:, 0], True, 170, 1280)
     y_ticks, to_y = axis(points[:, 1:].flatten(), log_y, 1020, 130)
     write((830, 45), title)
-    write((725, 1155), x_name)
+    write((725, 1155), "total steps")
     for tick in x_ticks:
         write((to_x(tick), 1070), f"{tick:g}")
     for tick in y_ticks:
@@ -339,7 +301,7 @@ def scan(study):
 def progress(study):
     """Fig. 1: eight images and the cells that were drawn, after every step of ratio 2, P = 4."""
     (network, tokenizer), layout = study.load(FIRST), study.layout(FIRST, 4)
-    labels = torch.arange(8, device=DEVICE)
+    labels = torch.arange(8, device=study.device)
     codes = ckgen.generate(network, tokenizer, labels, layout, cfg=0.5, temperature=0.5)
     pictures = ckgen.progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
     frames = []
@@ -367,16 +329,14 @@ def idea(study):
     rows, names, labels = [], [], torch.arange(8) % len(study.images.classes)
     for scale, P in (("1", 1), ("1", 4), ("1", 64), ("4", 4), ("2", 4)):
         steps = len(study.layout(Model(scale), P).steps)
-        quantity = "distance" if study.data else "two colours"
-        number = study.measure(quantity, Model(scale), P)
-        said = f"{number:.1f}" if study.data else f"{number:.0%}"
+        distance = study.measure("distance", Model(scale), P)
         rows.append(study.draw(Model(scale), P, labels))
-        names.append(f"{SCALES[scale]}\n{steps} step{'s' * (steps > 1)}\n{quantity} {said}")
+        names.append(f"{SCALES[scale]}\n{steps} step{'s' * (steps > 1)}\ndistance {distance:.1f}")
     study.save("idea.webp", labelled(rows, names, [study.images.classes[k] for k in labels]))
 
 
 def classes(study):
-    """Eight samples of each class, or of a dozen classes, and as many held-out pictures decoded."""
+    """Eight samples of each class, or of 12 at most, and as many held-out pictures decoded."""
     names = study.images.classes
     few = torch.arange(len(names))[::math.ceil(len(names) / 12)]
     options = ckgen.load(f"{study.folder}/{FIRST}/checkpoint.pt")[3]
@@ -411,14 +371,11 @@ def steps(study):
         for quantity in quantities:
             lines[quantity][SCALES[scale]].append((len(layout.steps), *summary(found[quantity])))
 
-    def draw(quantity, title, log_y=False):
-        return plot(title, "total steps", lines[quantity], log_y)
-
     distance = f"distance (held out, decoded: {study.floor('distance'):.2f})"
     accuracy = f"accuracy (held out, decoded: {study.floor('accuracy'):.2f})"
-    above = [draw("last map", "nats a token of the last map"),
-             draw("all maps", "nats a picture, all maps")]
-    below = [draw("distance", distance, log_y=True), draw("accuracy", accuracy)]
+    above = [plot("nats a token of the last map", lines["last map"]),
+             plot("nats a picture, all maps", lines["all maps"])]
+    below = [plot(distance, lines["distance"], log_y=True), plot(accuracy, lines["accuracy"])]
     study.save("steps.webp", Image.fromarray(np.vstack([np.hstack(above), np.hstack(below)])))
 
 
@@ -426,11 +383,11 @@ def entropy(study):
     """Fig. 7: entropies of the cells of the last map. Fig. 6: their mean at each step, of the 16
     cells in the middle, as those at the border are easier."""
     rows, names = [], []
-    for scale in ("1", "4", "2"):
+    for scale in ("1", "2"):
         (network, tokenizer), layout = study.load(Model(scale)), study.layout(Model(scale), 4)
-        labels = torch.arange(study.n, device=DEVICE) % len(study.images.classes)
+        labels = torch.arange(study.n, device=study.device) % len(study.images.classes)
         torch.manual_seed(0)
-        nats = torch.zeros(study.n, len(layout.cell) - 1, device=DEVICE)
+        nats = torch.zeros(study.n, len(layout.cell) - 1, device=study.device)
 
         def choose(logits, cell, nats=nats):
             nats[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
@@ -450,12 +407,12 @@ def entropy(study):
         grey = (1 - 2 * maps[:8] / darkest).expand(-1, 3, -1, -1)
         rows += [ckgen.to_uint8(grey), ckgen.decode_scale(tokenizer, codes[:8], layout)]
         names += [f"{SCALES[scale]}\nwhite: 0 nats\nblack: {darkest:.1f}", "sample"]
-    study.save("entropy.webp", labelled(rows[:2] + rows[-2:], names[:2] + names[-2:]))
+    study.save("entropy.webp", labelled(rows, names))
 
 
-def say(study, name, model, quantities, **guidance):
-    """Print the means, least and most of some quantities, with P = 4."""
-    for quantity in quantities:
+def say(study, name, model, **guidance):
+    """Print the mean, least and most of what is measured, with P = 4."""
+    for quantity in ("nats", "accuracy", "distance", "spread", "two colours"):
         numbers = study.of_seeds(quantity, model, 4, **guidance)
         print(f"{name}: {quantity}", "{:.3f} ({:.3f}-{:.3f})".format(*numbers))
 
@@ -463,15 +420,13 @@ def say(study, name, model, quantities, **guidance):
 def mixing(study):
     """Table 2: RoPE mixing in no layer, the first two, all four, at ratio 4."""
     for layers in (0, 2, 4):
-        model = Model("4", mixing=layers)
-        say(study, f"RoPE mixing in {layers} layers", model, ("nats", "distance", "accuracy"))
+        say(study, f"RoPE mixing in {layers} layers", Model("4", mixing=layers))
 
 
 def guidance(study):
     """Sec. 4.1: guidance from step 0 or from step 5, at ratio 2."""
     for start in (0, 5):
-        say(study, f"w = 1 from step {start}", FIRST,
-            ("spread", "accuracy", "distance", "two colours"), cfg=1.0, cfg_start=start)
+        say(study, f"w = 1 from step {start}", FIRST, cfg=1.0, cfg_start=start)
 
 
 def order(study):
@@ -480,7 +435,7 @@ def order(study):
     for quantity, log_y in (("nats", False), ("distance", True)):
         lines = {name: [(P, *study.of_seeds(quantity, Model("1", name), P)) for P in STEPS]
                  for name in ORDERS}
-        plots.append(plot(f"toy shapes, one map: {quantity}", "steps", lines, log_y))
+        plots.append(plot(f"toy shapes, one map: {quantity}", lines, log_y))
     study.save("order.webp", Image.fromarray(np.hstack(plots)))
 
 
@@ -490,9 +445,11 @@ CLAIMS = {claim.__name__: claim for claim in (scan, progress, idea, classes, ste
 
 def do(args):
     """Do one claim or all."""
-    every = ("idea", "classes", "steps", "entropy") if args.data else CLAIMS
-    if args.claim and args.claim not in every:
-        raise ValueError(f"{args.claim}: on toy shapes only")
+    every = ["idea", "classes", "steps", "entropy"]  # of pictures
+    if not args.data:
+        every = [claim for claim in CLAIMS if claim not in ("idea", "classes")]
+    if args.claim not in (None, *every):
+        raise ValueError(f"{args.claim}: not {'of pictures' if args.data else 'of toy shapes'}")
     study = Study(args.quick, args.data)
     for claim in [args.claim] if args.claim else every:
         CLAIMS[claim](study)

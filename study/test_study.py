@@ -23,7 +23,7 @@ import ckgen
 import test_ckgen
 import train_tiny
 from ckgen import Checkerboard, Config, Layout, loss_by_scale, sample
-from test_ckgen import SIZES, close, differences, example, one_pass
+from test_ckgen import SIZES, close, contents, differences, example, failing, one_pass
 from test_ckgen import card, finished, miniature, pictures  # fixtures
 
 
@@ -47,8 +47,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluate, "judge_of", hardly)
     monkeypatch.setattr(evaluate, "SAMPLES", 64)
 
-
-# README ------------------------------------------------------------------------------------------
 
 def test_commands_and_code_of_the_readme(finished, tmp_path, monkeypatch, capsys):
     """Every command of ours has options that exist; Python blocks run, and the first of them has
@@ -75,8 +73,6 @@ def test_commands_and_code_of_the_readme(finished, tmp_path, monkeypatch, capsys
     assert [len(block) for block in names["blocks"]] == [16] * 16
 
 
-# Claims -------------------------------------------------------------------------------------------
-
 def test_orders_visit_all_cells_and_part_neighbours_differently():
     """Pairs of neighbours that are drawn in one step, on 16x16 cells with P = 4, 8, 16."""
     found = {}
@@ -92,8 +88,6 @@ def test_orders_visit_all_cells_and_part_neighbours_differently():
     assert np.allclose(random, [118, 59, 28], atol=20), random  # 480 (256 / P - 1) / 255
     assert found == {"checkerboard": [0] * 3, "Halton": [71, 19, 4], "raster": [432, 368, 240]}
 
-
-# Evaluation ---------------------------------------------------------------------------------------
 
 def test_frechet_distance_is_that_of_two_gaussians():
     a = torch.randn(20000, 4, generator=torch.Generator())
@@ -123,35 +117,30 @@ def test_evaluation_by_command(finished, quick, tmp_path, capsys):
 
 
 def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, capfd):
-    plain, both = finished / "checkpoint.pt", coarse_to_fine / "coarse-4.pt"
+    plain, both = finished / "checkpoint.pt", coarse_to_fine / "coarse-4" / "checkpoint.pt"
     shutil.copytree(coarse_to_fine, tmp_path / "run")
+    shutil.copytree(coarse_to_fine / "coarse-4", tmp_path / "run" / "coarse-5")
     train_on = f"train {tmp_path}/run --clusters"
-    (tmp_path / "run" / "coarse-5.pt").write_bytes(both.read_bytes()[:1000])
-    state = ckgen.read(both)
-    state["options"]["seed"] = 1
-    torch.save(state, tmp_path / "run" / "coarse-4.pt")
+    (tmp_path / "half.png").write_bytes((finished / "samples.png").read_bytes()[:1000])
     for module, words, complaint in (
             (evaluate, f"{tmp_path}/missing.pt", "missing.pt"),
             (evaluate, f"{finished}/tokenizer.pt", "tokenizer.pt: not a checkpoint"),
-            (evaluate, f"{both}", "coarse-4.pt: not a checkpoint"),
+            (evaluate, f"{both}", "coarse-4/checkpoint.pt: not a checkpoint"),
             (evaluate, f"{plain} --data {pictures}", "not the files that"),
-            (complete, f"{plain} --keep 4x4", "--keep 4x4: not among left, right, top, bottom"),
+            (complete, f"{plain} --keep 4x4", "--keep 4x4: not among left, bottom, right, top"),
             (complete, f"{plain} x.png --class dog", "--class dog: not among circle, ring"),
             (complete, f"{plain} --out {tmp_path}/a.gif", "a.gif: not a .png"),
             (complete, f"{plain} {tmp_path}/x.png", "x.png"),
-            (complete, f"{plain} {tmp_path}/run/coarse-5.pt", "coarse-5.pt: damaged"),
+            (complete, f"{plain} {tmp_path}/half.png", "half.png: damaged"),
             (complete, f"{plain} --class star", "held-out pictures have their own"),
             (coarse, f"train {tmp_path}/none --clusters 4", "none: holds no run of train_tiny.py"),
             (coarse, f"{train_on} 17", "17 clusters need more than 16 codes"),
-            (coarse, f"{train_on} 5", "coarse-5.pt: damaged"),
-            (coarse, f"{train_on} 4", "coarse-4.pt: of another run")):
+            (coarse, f"{train_on} 5", "coarse-5/checkpoint.pt: damaged, or not for")):
         assert run(module, words) == 2, words
         said = capfd.readouterr().err.split("\n")[-2]  # progress bars stand above
         assert "error: " in said and complaint in said, (words, said)
     assert not (tmp_path / "none").exists()
 
-
-# Completion ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [2, 3, 1])
@@ -212,8 +201,6 @@ def test_completion_by_command(finished, pictures, tmp_path, capsys):
         assert height == 100 * rows and width // 100 - columns in (0, 1), (words, width)
 
 
-# Coarse to fine -----------------------------------------------------------------------------------
-
 def test_clusters_are_the_same_for_a_seed_and_never_empty():
     codebook = F.normalize(torch.randn(40, 8, generator=torch.Generator()), dim=-1)
     codebook[30:] = codebook[0]  # eleven codes are the same
@@ -227,59 +214,51 @@ def test_clusters_are_the_same_for_a_seed_and_never_empty():
 
 @torch.no_grad()
 def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
+    """Training sees one distribution over all codes, whose loss is the sum of both stages'."""
     _, layout, codes, labels, codebook = example()
     none, cell = labels * 0 + 3, layout.cell[1:]
     for K in (5, 17):
-        model = coarse.CoarseToFine(Config(SIZES, 3, 17, 8, 32, 3, 2, 48), K)
+        model = coarse.CoarseToFine(Config(SIZES, 3, 17, 8, 32, 3, 2, 48), codebook, K)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        model.cluster, model.centroids = coarse.cluster_codebook(codebook, K)
         clusters = model.cluster[codes]
         fine = model.refine(clusters, labels, layout)
         inside = model.cluster == clusters[:, cell, None]
         p = fine.softmax(-1)
         assert not p[~inside].any()
         close((p * inside).sum(-1), torch.ones(2, 21))
-        losses = model(codes, labels, layout, codes)
-        close(losses[1], loss_by_scale(fine, codes, layout))
-        assert K < 17 or losses[1].eq(0).all()
+        log_p = model(codebook[codes], labels, layout, codebook[codes.flip(0)])
+        close(log_p.exp().sum(-1), torch.ones(2, 21))
+        z, noisy_z = model.centroids[clusters], model.centroids[clusters.flip(0)]
+        first = loss_by_scale(model.coarse(z, labels, layout, noisy_z), clusters, layout)
+        second = loss_by_scale(fine, codes, layout)
+        close(loss_by_scale(log_p, codes, layout), first + second, 1e-4)
+        assert K < 17 or second.eq(0).all()
         for cfg in (0, 1.5):
             options = dict(cfg=cfg, cfg_start=2, temperature=0)
-            drawn = model.sample(labels, layout, **options)
+            drawn = coarse.sample_both(model, None, labels, layout, **options)
             expected = sample(model.coarse, model.centroids, labels, layout, **options)
             assert equal(model.cluster[drawn], expected), (K, cfg)
             cond, uncond = (model.refine(expected, y, layout).clamp(-1e6) for y in (labels, none))
             guided = cond + cfg * (cond - uncond)
             assert equal(drawn[:, cell], guided.argmax(-1)), (K, cfg)
-            hotter = model.sample(labels, layout, **options, fine_temperature=9)
+            hotter = coarse.sample_both(model, None, labels, layout, **options, fine_temperature=9)
             assert equal(model.cluster[hotter], expected), (K, cfg)
             assert equal(hotter, drawn) == (K == 17), (K, cfg)
 
 
-def test_both_stages_stopped_go_on_to_the_same_file(finished, coarse_to_fine, tmp_path,
-                                                    monkeypatch):
+def test_both_stages_stopped_go_on_to_the_same_files(finished, coarse_to_fine, tmp_path,
+                                                     monkeypatch):
     """Bit for bit: stopped at the eighth step, after the checkpoint of the sixth."""
     shutil.copytree(finished, tmp_path / "run")
-    original, calls = train_tiny.draw_batch, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) == 8:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(train_tiny, "draw_batch", stop)
-    monkeypatch.setattr(coarse, "time", Mock(monotonic=lambda: 25 * len(calls)))
-    command, path = f"train {tmp_path}/run --clusters 4", tmp_path / "run" / "coarse-4.pt"
-    assert run(coarse, command) == 130 and ckgen.read(path)["step"] == 6
+    stopping = failing(train_tiny.draw_batch, 8, KeyboardInterrupt)
+    monkeypatch.setattr(train_tiny, "draw_batch", stopping)
+    monkeypatch.setattr(train_tiny, "time", Mock(monotonic=lambda: 25 * stopping.call_count))
+    command, both = f"train {tmp_path}/run --clusters 4", tmp_path / "run" / "coarse-4"
+    assert run(coarse, command) == 130 and ckgen.read(both / "checkpoint.pt")["step"] == 6
     run(coarse, command)
-    assert not differences(ckgen.read(coarse_to_fine / "coarse-4.pt"), ckgen.read(path))
-    whole, continued = (np.array(Image.open(folder / "coarse-4.png"))  # eight of each class
-                        for folder in (coarse_to_fine, tmp_path / "run"))
-    assert np.array_equal(whole, continued) and len(whole) == 800
+    assert not differences(contents(coarse_to_fine / "coarse-4"), contents(both))
 
-
-# Speed --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_graph_draws_what_sample_draws(monkeypatch):
@@ -314,8 +293,6 @@ def test_speed_measures_drawing_decoding_and_training(monkeypatch, capsys):
     assert rows == wanted + [("train", "4", "8.0")], rows
 
 
-# CUDA without a card ------------------------------------------------------------------------------
-
 def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
     for module, words in ((train_tiny, f"--config tiny --iters 2 --out {tmp_path}"),
                           (evaluate, f"{tmp_path}/checkpoint.pt"),
@@ -323,4 +300,4 @@ def test_the_laboratory_on_a_card(card, quick, tmp_path, capsys):
                           (coarse, f"train {tmp_path} --clusters 4")):
         module.main(words.split())
     assert "64 samples, w = 0.5, T = 0.5, 9 steps" in capsys.readouterr().out
-    assert (tmp_path / "coarse-4.png").exists()
+    assert (tmp_path / "coarse-4" / "samples.png").exists()
