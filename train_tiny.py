@@ -398,7 +398,7 @@ def train_tokenizer(run, images, tokenizer):
     """Train on squared errors, at full size and at a random scale, as every scale is encoded by
     itself. It begins as a plain autoencoder; once latents are good, the codebook follows them."""
     iters = run.tokenizer_iters
-    plain = iters * 15 // 100
+    plain = iters * 15 // 100  # so many steps without a codebook
     optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
     bar = tqdm(range(iters), "tokenizer", unit="step")
     for step in bar:
@@ -453,10 +453,10 @@ def start_codebook(tokenizer, latents, generator):
 
 @torch.no_grad()
 def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
-    """Move each code to the moving average of the latents (B, C, n, n) whose nearest it was before.
-    Returns those code vectors, (B, C, n, n). The weight holds moving sums, divided by cells: their
-    norms add up to 1 at most, and the mean is about 1/V. A code of less than 0.05/V is hardly used:
-    it starts again at a latent, with 0.5/V."""
+    """Move each code to the moving average of the latents (B, C, n, n) that were nearest to it.
+    Returns the code vector nearest to each latent, (B, C, n, n). The weight holds moving sums,
+    divided by cells: their norms add up to 1 at most, and the mean is about 1/V. A code of less
+    than 0.05/V is hardly used: it starts again at a latent, with 0.5/V."""
     codes, sums = tokenizer.quantize(latents), tokenizer.codebook_weight    # (B, n, n), (V, C)
     nearest = tokenizer.codebook()[codes].movedim(-1, 1)
     rows = latents.movedim(1, -1).flatten(0, 2)                             # (B*n*n, C)
@@ -799,7 +799,7 @@ def train(args):
             torch.distributed.init_process_group(timeout=timedelta(days=7))  # coding takes long
             atexit.register(torch.distributed.destroy_process_group)
         images = open_images(run)
-        if run.iters is None:  # the paper's epochs
+        if run.iters is None:  # the paper's epochs; 30 are those of footnote 2
             epochs = 30 if run.init else run.epochs or 1
             run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
         of_recipe = RECIPES[run.config]["iters"]
