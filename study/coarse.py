@@ -138,6 +138,7 @@ def train(folder, K, device=None):
         with mock.patch.object(train_tiny, "make_model", lambda *_: model):
             with mock.patch.object(ckgen, "sample", sample_both):
                 train_tiny.train_transformer(run, images, tokenizer, codes)
+    print(f"{run.out}: samples.png, progress.gif, pyramid.png, log.csv")
     return model, tokenizer
 
 
