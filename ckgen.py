@@ -2,8 +2,8 @@
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, 4x4, ... NxN. A
-transformer draws the maps from coarse to fine. Each map takes P steps, or one for each cell if it
-has fewer than P. Step i of a map draws block b_i, a set of cells that are spread evenly over the
+transformer draws the maps from coarse to fine. Each map takes P steps, or as many as it has cells
+if those are fewer. Step i of a map draws block b_i, a set of cells that are spread evenly over the
 map, all at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
@@ -23,13 +23,14 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
     codes                        (B, L)         numbers 0 ... V-1 of the nearest code vectors
     z         z_s                (B, L, C)      the code vectors of these codes, of unit length
     z_up      z^up_{s-1}         (B, L, C)      z of the next coarser map, enlarged
-    cell      b_s^i              (1+L,)         of each token, the cell of b_i that it predicts
-    before    b_s^{i-1}          (1+L,)         of each token, the cell of b_{i-1} that it reads
+    cell      b_s^i              (1+L,)         the cell of b_i that each token predicts
+    before    b_s^{i-1}          (1+L,)         the cell of b_{i-1} that each token reads
     pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
-    alpha     alpha              (H,)           how much of a key's RoPE is that of b_i
+    alpha     alpha_l            (H,)           how much of a key's RoPE is that of b_i, in layer l
 
-Codes, z and z_up lie in pyramid order: map after map, each row by row. Tokens and logits lie in
-layout order, that of drawing: codes[:, layout.cell[1:]] goes from the first to the second.
+Codes, z and z_up lie in pyramid order, map after map, each row by row, so that a slice is a map.
+Tokens and logits lie in layout order, that of drawing, so that a slice is a block. Indexing with
+layout.cell leads from one to the other: codes[:, layout.cell[1:]] are the codes in layout order.
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
 each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
 1 + L long: the class token comes first. Guidance is cond + cfg (cond - uncond), as released: 0 is
@@ -38,7 +39,7 @@ author's code and models do where the paper leaves it open or differs, "ours" wh
 Most parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
 
     python ckgen.py                                                  explain the order and the mask
-    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
+    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
 
 SPDX-License-Identifier: MIT
 """
@@ -70,8 +71,8 @@ def progressive_checkerboard(size):
     many of them, to within one, and so do the quadrants of each quadrant, and so on. Any order of
     the four would do for that; this one visits diagonal ones first, so that the first half of the
     cells is a checkerboard, not stripes. A size that is not a power of two takes the order of the
-    next one, without cells outside the grid; then only quadrants wholly inside are balanced. Raises
-    ValueError if size < 1. It needs no import: copy it. np.array_split(order, P) gives the blocks.
+    next one, without cells outside the grid; then only quadrants wholly inside are sure to be
+    balanced. Raises ValueError if size < 1. Copy it: it needs no import.
     """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
@@ -91,7 +92,7 @@ def progressive_checkerboard(size):
 def scale_sizes(grid, ratio):
     """Sides of the maps, coarse to fine (Fig. 4b). For the 16x16 grid of a 256-pixel image:
 
-        ratio    sides                   L      steps with P = 4, P = 8
+        ratio    sides                   L      steps (ours) with P = 4, P = 8
         sqrt 2   1 2 3 4 6 8 11 16       507    29, 53
         2        1 2 4 8 16              341    17, 29
         3        1 2 5 16                286    13, 21
@@ -100,7 +101,7 @@ def scale_sizes(grid, ratio):
 
     Ratio 2 takes 17 steps with P = 4, not 5 * 4, as the 1x1 map has one cell and so takes one step.
     """
-    sizes = [grid]
+    sizes = [grid]  # fractions, rounded in the end
     while ratio > 1 and sizes[-1] > 1:
         sizes.append(max(1, sizes[-1] / ratio))
     return tuple(sorted({round(n) for n in sizes}))
@@ -117,15 +118,14 @@ CLASS = -2  # the class token
 
 
 class Layout:
-    """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks.
+    """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Training and
+    sampling share it.
 
-    Training and sampling both read this table, so they cannot disagree.
-
-    If P does not divide n * n, block sizes differ by one, larger ones first (ours; as released, one
-    short block more). Token j of a block reads cell j of the previous block (Eq. 1). So no token
-    reads the extra cell of a larger previous block, nor the last block of a scale: later tokens
-    learn of these codes from z_up of the next scale only. In a 4x4 map alone, with P = 4, step 1
-    draws cells 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8.
+    Token j of a block reads cell j of the previous block (Eq. 1). In a 4x4 map, with P = 4, step 1
+    draws cells 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8, their neighbours. The last
+    block of a scale is read by no token: the next scale learns of it by z_up. If P does not divide
+    n * n, block sizes differ by one (ours; as released, one short block more), larger ones first,
+    so that each token finds a cell to read.
 
     No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
     with any P. How often which one: see draw_batch in train_tiny.py.
@@ -134,7 +134,7 @@ class Layout:
     def __init__(self, sizes, P, device="cpu"):
         self.sizes = tuple(sizes)
         self.scales = []  # where each scale lies in the pyramid: [slice, ...]
-        self.steps = []   # [(scale, start, end), ...]: step t draws tokens start ... end-1
+        self.steps = []   # [(scale, start, end), ...]: step t draws tokens start ... end-1, from 1
         cell, before, block = [CLASS], [CLASS], [0]
         for scale, n in enumerate(sizes):
             first = len(cell) - 1  # the number of cells so far: `cell` holds the class token too
@@ -151,8 +151,8 @@ class Layout:
         self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
         self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
         block = torch.tensor(block, device=device)         # (1+L,) its block; class token: 0
-        # (1+L, 1+L): a row's token sees all earlier blocks, in all scales, and its own, as inputs
-        # hold no code of their own block. The class token is a block of its own: it sees itself.
+        # (1+L, 1+L): a row's token sees all earlier blocks, of this scale and of coarser ones, and
+        # its own: inputs hold no code of their own block. The class token is a block by itself.
         self.mask = block[:, None] >= block
 
 
@@ -165,7 +165,7 @@ class TokenizerConfig:
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
     width: int = 64        # channels of the encoder's output
-    channels: tuple = ()   # VQGAN, fine to coarse: the paper's are 128, 128, 256, 256, 512
+    channels: tuple = ()   # VQGAN, fine to coarse: LlamaGen's are 128, 128, 256, 256, 512
     res_blocks: int = 2    # VQGAN: residual blocks for each resolution
 
 
@@ -177,11 +177,11 @@ class Tokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        make_pair = vqgan if config.channels else small_pair
+        make_pair = vqgan if config.channels else small_pair  # vqgan: Appendix A
         self.encoder, self.decoder = make_pair(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
-        # A buffer: in train_tiny.py it follows moving averages of the latents, not a gradient.
+        # A buffer: in train_tiny.py it follows moving averages of latents (ours), not a gradient.
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -200,11 +200,10 @@ class Tokenizer(nn.Module):
 
     def decode(self, latents):
         """Latents or code vectors (B, C, n, n) to images (B, 3, n * stride, n * stride)."""
-        latents = F.normalize(latents, dim=1).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
 
     def resize(self, images, n):
-        """The images at the size that is encoded to an n x n map. No antialiasing: as released."""
+        """Images of the size that encodes to an n x n map. No antialiasing: as released."""
         side = n * self.config.stride
         return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
 
@@ -256,8 +255,8 @@ def small_pair(config):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Checkerboard. The defaults are tiny's (1.3M parameters). The paper's S has width
-    512, 12 layers, 16 heads (58M); L has 1024, 20, 16 (368M by our count; Table 1 says 343M)."""
+    """Sizes of a Checkerboard. The defaults are those of tiny in train_tiny.py (1.3M parameters).
+    S has width 512, 12 layers, 16 heads (58M); L 1024, 20, 16 (368M by our count; paper: 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
     codes: int = 256        # V
@@ -278,13 +277,14 @@ def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
     A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
-    released. RoPE turns elements i and i + d/2 as a pair. Here both start with the same angle,
-    which makes it a rotation (ours; in the released start they differ). Training may part them.
+    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if their angles
+    agree. Ours agree at the start (the released differ); training may part them.
 
-    Of the pairs, 7/8 turn with the place, half of them by x and half by y, and 1/8 with the scale
+    Of the pairs, 7/8 turn with the position, half by x and half by y, and 1/8 with the scale
     (Sec. 3.4). As released, pair i of the k pairs of x has the angle x N^(-2i/k), those of y
-    likewise; pair i of k of the scale has, in map m = 0, 1 ..., (m + 1) pi/2 10^(-i/k). x and y are
-    of a cell's centre, in cells of the finest map (ours). CLASS and EMPTY, last, have angle 0.
+    likewise, and pair i of the k pairs of scale m = 0, 1, ... has (m + 1) pi/2 10^(-i/k). x and y
+    are a cell's centre, in cells of the finest map, so that a place has nearly the same angles in
+    all maps (ours). CLASS and EMPTY, the last rows, have angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -303,7 +303,7 @@ def rope_table(sizes, head_width):
                   angles_of(scale, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
     angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
-    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)      # (L+2, 2d)
 
 
 def rotate(x, rope):
@@ -324,7 +324,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
-        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T):
+        """x (B, T, D) to its shape. x and the ropes hold tokens start ... start+T-1. mask (T, T):
         which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: the
         keys and values of these tokens are written into it, and all tokens so far are seen."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -384,9 +384,9 @@ class Layer(nn.Module):
 
 def upsample(z, layout, scale):
     """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
-    bilinearly as released. An average of unit vectors is shorter than 1, so it is normalised again,
-    as released: it goes through the same MLP as code vectors, and to the decoder. The first scale
-    has no coarser map: it gets zeros, which the MLP turns into a learned constant."""
+    bilinearly as released. An average of unit vectors may be shorter than 1, so it is normalised
+    again, as released: it goes through the same MLP as code vectors. The first scale has no
+    coarser map, only the class: it gets zeros, which the MLP turns into a learned constant."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
@@ -405,20 +405,20 @@ class Checkerboard(nn.Module):
         self.embed_positions = nn.Embedding(L, D)                        # pos[.] of Eq. 1
         self.empty_token_pos = nn.Parameter(torch.zeros(D))              # pos[b_0]
         self.empty_token_emb = nn.Parameter(torch.zeros(D))              # for MLP(z[b_0])
-        self.embed_codevecs_mlp = nn.Sequential(                         # of z and z_up (Sec. 3.3)
+        self.embed_codevecs_mlp = nn.Sequential(  # of z and z_up (Sec. 3.3); 64 as released
             nn.Linear(C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
         self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # logits
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(D, eps=1e-6)
+        self.norm = nn.RMSNorm(D, eps=1e-6)                              # no AdaLN, as released
         self.lm_head = nn.Linear(D, config.codes)
         self.init_weights()
 
     def init_weights(self):
-        """What differs from torch's defaults: matrices of the layers and lm_head as released; ours,
-        a factor of 1 and a shift of 0 for all classes, which leave RMSNorm as it is."""
+        """Where torch's defaults are not taken. The layers' matrices and lm_head start as released.
+        AdaLN starts as RMSNorm (ours): factors are 1 and shifts 0 for all classes."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
@@ -427,8 +427,7 @@ class Checkerboard(nn.Module):
                 nn.init.zeros_(modulation[1].weight)
                 nn.init.zeros_(modulation[1].bias)                       # the shift
                 nn.init.ones_(modulation[1].bias[self.config.width:])    # the factor
-        # All codes are equally likely at first, so that the loss starts at log V, 5.55 for V = 256
-        # and 8.32 for the paper's 4096.
+        # All codes are equally likely at first: the loss starts at log V, 8.32 for V = 4096.
         nn.init.zeros_(self.lm_head.weight)
         nn.init.zeros_(self.lm_head.bias)
 
@@ -437,9 +436,9 @@ class Checkerboard(nn.Module):
 
         A query is rotated by the position of the cell that it predicts. So is a key, but in the
         mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha
-        for each head: its token carries the code of b_{i-1}, so queries can find it at that cell.
-        The sum is not made a rotation again, as released. In the first block of a scale, b_{i-1} is
-        EMPTY; for the class token, both are CLASS.
+        for each head: a key's token carries the code of b_{i-1}, so that a query can find it by its
+        place. The sum is not normalised again, as released. In the first block of a scale, b_{i-1}
+        is EMPTY; for the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -447,33 +446,33 @@ class Checkerboard(nn.Module):
         here = table[:, layout.cell]                                     # (2, 1+L, d)
         before = table[:, layout.before]
         ropes = [(here, here)] * self.config.layers
-        for i, alpha in enumerate(self.rope_mix.sigmoid()):              # alpha (H,)
+        for i, alpha in enumerate(self.rope_mix.sigmoid()):              # alpha (H,), footnote 1
             alpha = alpha[:, None, None]
             ropes[i] = (here, alpha * here[:, None] + (1 - alpha) * before[:, None])
         return ropes
 
     def embed_class(self, labels):
         """Labels (B,) to the class token (B, 1, D) and the shifts and factors of each layer. Labels
-        are 0 ... classes-1, and `classes` for none."""
+        are 0 ... classes-1, or `classes` for none, as a tenth of them is in training (Sec. 3.3)."""
         class_token = self.class_embeddings(labels)[:, None]             # (B, 1, D)
         return class_token, [layer.modulation(class_token) for layer in self.layers]
 
     def inputs(self, z, z_up, layout, start, end):
-        """Eq. 1: the input tokens start ... end-1, (B, T, D), of z and z_up (B, L, C). Each is made
-        of four parts, in the released order (the paper's is 2, 4, 1, 3: columns of W_proj):
+        """Eq. 1: the input tokens start ... end-1, (B, T, D), from z and z_up (B, L, C). Each has
+        four parts, in the released order (the paper's is 2 4 1 3: other columns of W_proj):
 
             1  pos[b_i]             where the cell lies that is predicted
             2  MLP(z_up[b_i])       what the coarser map shows there
             3  pos[b_{i-1}]         where the cell of the previous block lies
-            4  MLP(z[b_{i-1}])      its code vector
+            4  MLP(z[b_{i-1}])      its code vector, so that this map's own codes are known
         """
         cell, before = layout.cell[start:end], layout.before[start:end]
         pos = self.embed_positions.weight                                # (L, D)
         pos_here = pos[cell].expand(len(z), -1, -1)                      # (B, T, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))
 
-        # In a first block, learned constants stand for parts 3 and 4. There the index EMPTY reads
-        # the last cell, and torch.where replaces what it read.
+        # In a first block, learned constants stand for parts 3 and 4. There the index EMPTY, -1,
+        # reads the last cell, which torch.where replaces.
         first_block = (before == EMPTY)[:, None]                         # (T, 1)
         pos_before = torch.where(first_block, self.empty_token_pos, pos[before])
         pos_before = pos_before.expand(len(z), -1, -1)                   # (B, T, D)
@@ -494,8 +493,9 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z (None: z), the z of codes of which a tenth
-        is replaced, so that the model does not trust the coarser map blindly (as released)."""
+        order of layout.cell[1:]. z_up is made of noisy_z (None: z), in which train_tiny.py replaces
+        a tenth of the codes at random for S and L (as released), so that the model does not trust
+        coarser maps blindly, and none for tiny."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -506,8 +506,8 @@ class Checkerboard(nn.Module):
 
 def loss_by_scale(logits, codes, layout):
     """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is trained
-    (Sec. 3.1), then each scale's mean. All tokens count alike, so that the finest map has three
-    quarters of the weight at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
+    (Sec. 3.1), then each scale's mean. All tokens count alike, so the finest map has three quarters
+    of the weight at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
@@ -528,8 +528,8 @@ def for_sampling(model, dtype):
 
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
-    the log of exponential noise is Gumbel noise. Unlike multinomial, it never waits for a GPU.
-    Temperature 0 is argmax."""
+    the log of exponential noise is Gumbel noise. torch.multinomial draws from the same distribution
+    (Sec. 3.1), but makes a GPU wait. Temperature 0 is argmax."""
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
     return (logits - temperature * noise.log()).argmax(-1)
@@ -539,13 +539,13 @@ def draw(logits, temperature, generator=None):
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
-    codebook is the tokenizer's. The first cfg_start steps are not guided, for diversity: five are
-    the 1x1 and 2x2 maps of ratio 2, if P >= 4 (Sec. 4.1; Sec. 4.3 guides all: cfg_start = 0).
-    If there are no more steps than that, the second half is guided (ours). If choose is given, it
-    is used instead of `draw`: choose(guided logits (B, T, V), cells (T,)) returns codes (B, T).
+    codebook: tokenizer.codebook(). The first cfg_start steps are not guided, so that what they
+    settle, colours and layout, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with P >= 4
+    (Sec. 4.1; Sec. 4.3 guides all). If there are no more than that, the second half is guided
+    (ours). choose(guided logits (B, T, V), cells (T,)), if given, returns codes instead of `draw`.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
-    that are drawn, its RoPE depends on cells alone, and its AdaLN on the class.
+    already drawn, its RoPE depends on cells alone, and its AdaLN on the class.
     """
     # Prepare.
     B, L = len(labels), model.config.length
@@ -569,7 +569,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         if cfg > 0:  # before cfg_start too: later steps attend to the unconditional half's cache
             x = torch.cat([x, x])                                           # (2B, T, D)
         if t == 0:
-            # The class token comes along. It must not see the first block, as in training: a mask.
+            # The class token comes along. As in training, it must not see the first block: a mask.
             x = torch.cat([class_token, x], 1)
             logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
         else:
@@ -599,7 +599,7 @@ def to_uint8(images):
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
-    """A list of the images (B, h, w, 3), uint8, after each step (Fig. 1), of z (B, L, C). Undrawn
+    """The images (B, h, w, 3), uint8, after each step, of z (B, L, C): a list (Fig. 1). Undrawn
     cells are grey; the decoder sees z_up in their place, and nothing of later steps."""
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
@@ -641,7 +641,7 @@ class AttentionBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with attention at the coarsest, then a change of it."""
+    """Residual blocks at one resolution, with attention at the coarsest; then it is changed."""
 
     def __init__(self, c_in, c_out, blocks, attention, resample):
         super().__init__()
@@ -735,7 +735,7 @@ def read(path):
 
 
 def build(kind, config, weights):
-    """A module of this kind with these weights. On "meta", its first ones take no memory."""
+    """A module of this kind with these weights. On "meta", its initial ones take no memory."""
     with torch.device("meta"):
         module = kind(config)
     module.load_state_dict(weights, assign=True)
@@ -758,9 +758,9 @@ def load(path, device="cpu", dtype=torch.float32):
             weights = our_names(state["model"], of_tokenizer=False)
             config = released_config(weights)
             classes = [str(number) for number in range(config.classes)]
-            defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}
+            defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}  # Table 1, ratio 2
             if config.sizes == scale_sizes(config.sizes[-1], 4):
-                defaults |= {"steps": 8, "cfg": 1.7}  # the paper's, for ratio 4
+                defaults |= {"steps": 8, "cfg": 1.7}
         model = build(Checkerboard, config, weights)
     model = for_sampling(model.to(device), dtype)
     return model, load_tokenizer(path, device, dtype, state), classes, defaults
@@ -809,7 +809,7 @@ def our_names(tensors, of_tokenizer):
 
 def released_config(tensors):
     """The Config of a released transformer. A file does not say the sides of the maps, but how many
-    cells they have in all. Of the pyramids below, no two have the same number."""
+    cells they have in all. Different pyramids, below, have different numbers."""
     length, width = tensors["embed_positions.weight"].shape
     pyramids = [scale_sizes(2 ** i, ratio) for i in range(10) for ratio in (2, 4, 3, 2 ** 0.5, 1)]
     return Config(
