@@ -173,16 +173,11 @@ def train_transformer(run, images, tokenizer, codes):
         save(path, run, model, optimizers, tokenizer, run.iters, log)
 
 
-def model_config(run, tokenizer):
-    """The Config of a run's model, for the codes of this tokenizer."""
-    return Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width, run.layers,
-                  run.heads, run.ffn)
-
-
 def make_model(run, tokenizer):
     """A model for the codes of this tokenizer: that of --init, or one with random weights."""
     torch.manual_seed(run.seed)
-    model = Checkerboard(model_config(run, tokenizer))
+    model = Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
+                                run.layers, run.heads, run.ffn))
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):
         start_from(model, tokenizer, run.init)
     return model

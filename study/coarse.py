@@ -21,7 +21,6 @@ import argparse
 import functools
 import math
 import os
-import time
 from dataclasses import replace
 from unittest import mock
 
@@ -98,12 +97,10 @@ class CoarseToFine(nn.Module):
 
 
 @torch.no_grad()
-def sample_both(model, codebook, labels, layout, cfg=0.0, temperature=1.0, fine_temperature=None,
-                generator=None, **options):
-    """`sample` of both stages: codes (B, L) for labels (B,), guided in both. fine_temperature is
-    that of stage 2, by default that of stage 1."""
-    if fine_temperature is None:
-        fine_temperature = temperature
+def sample_both(model, codebook, labels, layout, cfg=0.0, temperature=1.0, fine=1.0, generator=None,
+                **options):
+    """`sample` of both stages: codes (B, L) for labels (B,), guided in both. The temperature of
+    stage 2 is `fine` times that of stage 1."""
     clusters = sample(model.coarse, model.centroids, labels, layout, cfg, temperature=temperature,
                       generator=generator, **options)
     logits = model.refine(clusters, labels, layout)
@@ -112,7 +109,7 @@ def sample_both(model, codebook, labels, layout, cfg=0.0, temperature=1.0, fine_
         guided = logits + cfg * (logits - uncond)                        # -inf - -inf is nan
         logits = torch.where(logits.isinf(), logits, guided)
     codes = torch.empty_like(clusters)
-    codes[:, layout.cell[1:]] = ckgen.draw(logits, fine_temperature, generator)
+    codes[:, layout.cell[1:]] = ckgen.draw(logits, fine * temperature, generator)
     return codes
 
 
@@ -123,14 +120,12 @@ def train(folder, K, device=None):
     if not options:
         raise ValueError(f"{folder}: holds no run of train_tiny.py")
     device, dtype = ckgen.find_device(device)
-    tokenizer = ckgen.load_tokenizer(f"{folder}/tokenizer.pt", device)
+    plain, tokenizer, *_ = ckgen.load(f"{folder}/checkpoint.pt", device)
     run = train_tiny.make_run(options, folder, None, device, dtype)
-    side = run.image_size // tokenizer.config.stride
-    run.sizes = ckgen.scale_sizes(side, train_tiny.SCALES[run.scale])
+    run.sizes = plain.config.sizes
     images = train_tiny.open_images(run)
     torch.manual_seed(run.seed)
-    config = train_tiny.model_config(run, tokenizer)
-    model = CoarseToFine(config, tokenizer.codebook().cpu(), K, run.seed)
+    model = CoarseToFine(plain.config, tokenizer.codebook().cpu(), K, run.seed)
     with train_tiny.lock(folder):
         codes = train_tiny.code_images(run, images, tokenizer)
         run.out = f"{folder}/coarse-{K}"
@@ -148,8 +143,7 @@ def compare(args):
     # Pictures take half of their recipe's steps, since two stages cost as much as two models.
     iters = train_tiny.PICTURES["iters"] // 2 if args.data else None
     study = Study(args.quick, args.data, "coarse", iters, ["--codes", "1024"])
-    layout, labels = study.layout(FIRST, 4), torch.arange(1000, device=study.device)
-    labels %= len(study.images.classes)
+    layout = study.layout(FIRST, 4)
     network, tokenizer = study.load(FIRST)
     codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
     codebook = tokenizer.codebook()
@@ -162,17 +156,14 @@ def compare(args):
             first = loss(network.coarse, network.centroids, network.cluster[codes])[0]
         nats = loss(network, codebook, codes)
         with mock.patch.object(ckgen, "sample", sample_both if K else sample):
-            start = time.monotonic()
-            ckgen.generate(network, tokenizer, labels, layout, cfg=0.5)[-1].tolist()  # waits
-            seconds = time.monotonic() - start  # for 1000 images, so milliseconds for one
             for T in (0.5, 0.8, 1.0, 1.1):
-                for fine in (T, T / 2) if K else (T,):
-                    options = {"temperature": T} | ({"fine_temperature": fine} if K else {})
-                    scores = study.samples(network, tokenizer, layout, cfg=0.5, **options)
+                for options in ({"fine": 1.0}, {"fine": 0.5}) if K else ({},):
+                    scores = study.samples(network, tokenizer, layout, cfg=0.5, temperature=T,
+                                           **options)
                     rows.append({
-                        "K": K, "T": T, "fine T": fine, "nats": nats[0],
-                        "of them fine": nats[0] - first if K else 0, "nats finest map": nats[-1],
-                        "ms an image": seconds} | scores)
+                        "K": K, "T": T, "fine T": T * options.get("fine", 1), "nats": nats[0],
+                        "of them fine": nats[0] - first if K else 0, "nats finest map": nats[-1]
+                        } | scores)
                     study.write_csv(f"{study.prefix}coarse.csv", rows)
 
 

@@ -10,11 +10,9 @@ with chances in proportion to how probable the model finds the known codes, give
 before them: sampling-importance resampling, exact for many candidates only. If coarse maps are
 kept, one is enough. Of toy shapes it says how often two colours mix.
 
-Pictures are cut to a square, brought to the model's size, and coded: the first row shows them
-decoded. A tokenizer cannot show what is unlike the pictures that it was trained on.
-
-A cell is known if all its pixels are. That is exact for the small tokenizer, whose encoder sees one
-cell at a time, and an approximation for a VQGAN, whose encoder sees its neighbours too.
+The first row shows the pictures decoded: a tokenizer cannot show what is unlike the pictures that
+it was trained on. A cell is known if all its pixels are. That is exact for the small tokenizer,
+whose encoder sees one cell at a time, and an approximation for a VQGAN.
 """
 
 import argparse
@@ -65,9 +63,8 @@ def known_codes(codes, pixels, layout):
 
 def half(name, size):
     """The pixels (size, size), bool, of one of HALVES."""
-    pixels = torch.zeros(size, size, dtype=torch.bool)
-    pixels[:, :size // 2] = True
-    return pixels.rot90(HALVES.index(name))
+    columns = torch.arange(size) < size // 2
+    return columns.expand(size, size).rot90(HALVES.index(name))
 
 
 def complete_all(args):
@@ -147,8 +144,7 @@ def main(arguments=None):
     add("--keep", nargs="+", default=["left"], metavar="PART",
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
     add("--candidates", type=within(int, 1, 10000), nargs="+", metavar="K",
-        help="drawn side by side, one is kept (default: a row with 1, one with 64; to enlarge, 1: "
-        "what is known is drawn first, so that all candidates fit)")
+        help="drawn side by side, one is kept (default: a row with 1, one with 64; to enlarge, 1)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each scale")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance; 0 is off")
     add("--temperature", type=within(float, 1e-3, 100), metavar="T",

@@ -4,22 +4,20 @@
     python study/evaluate.py runs/cifar10-2x/checkpoint.pt --cfg 0 0.5 1 --temperature 0.8 1
 
 prints the tokenizer's error, and the loss on held-out images for several P. Of at most 20 classes,
-it prints how many bits a held-out picture takes, and for how many pictures the model itself finds
-the class, as that under which the picture is likeliest.
+it prints how many bits a held-out picture takes, and for how many the model itself finds the class,
+as that under which the picture is likeliest.
 
 Then a judge, a small classifier, says how many of 2000 samples it takes for their class, and how
-far their features lie from those of training images (Frechet distance; Heusel et al. 2017). It
-says the same of held-out images, and of these through the tokenizer: the floor that samples can
-reach, as training images too are seen through the tokenizer. The judge is trained on the training
-images, half of them through the tokenizer, and kept in a file. Distances of different judges cannot
-be compared. Of toy shapes it also counts in how many two colours mix.
+far their features lie from those of training images through the tokenizer (Frechet distance; Heusel
+et al. 2017). It says the same of held-out images, and of these through the tokenizer: the floor
+that samples can reach. The judge is kept in a file; distances of different judges cannot be
+compared. Of toy shapes it also counts in how many two colours mix.
 """
 
 import argparse
 import math
 import os
 import sys
-import time
 import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,37 +35,35 @@ from train_tiny import as_input, crop, encode, held_out_loss
 SAMPLES = 2000
 
 
-class Judge(nn.Module):
-    """A small convolutional classifier. Its last features serve the Frechet distance."""
-
-    def __init__(self, classes):
-        super().__init__()
-        layers = []
-        for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
-            convolution = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(128, classes)
+def make_judge(classes):
+    """A small convolutional classifier. What its last layer reads serves the Frechet distance."""
+    layers = []
+    for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
+        convolution = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
 def train_judge(images, tokenizer, iters):
-    """Train a Judge on real images, half of them decoded. All of a batch are shifted alike."""
+    """Train a judge on as many training images as fit into 600 MB. Of a batch, half are real and
+    half decoded; all are mirrored or not, if the images may be, and shifted alike."""
     torch.manual_seed(0)
     device = tokenizer.codebook_weight.device
-    judge = Judge(len(images.classes)).to(device, memory_format=torch.channels_last)
+    some = range(min(200_000 * 32 ** 2 // images.size ** 2, images.train))
+    real = crop(images.read(some), images.size)
+    decoded = reconstruct(tokenizer, real)
+    judge = make_judge(len(images.classes)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=iters)
     for _ in tqdm(range(iters), "judge", unit="step"):
-        pictures, labels = images.batch(64, torch.default_generator)
-        real, others = pictures.to(device).chunk(2)
-        with torch.no_grad():
-            codes = tokenizer.quantize(tokenizer.encode(others)).flatten(1)
-            decoded = tokenizer.decode_codes(codes).clamp(-1, 1)
-        pictures = F.pad(torch.cat([real, decoded]), (2, 2, 2, 2), "reflect")
+        numbers = torch.randint(len(some), (64,))
+        pictures = torch.cat([real[numbers[:32]], decoded[numbers[32:]]])
+        view = images.views[torch.randint(len(images.views), ())]
+        pictures = crop(pictures, images.size, view)
         dy, dx = torch.randint(5, (2,)).tolist()
+        pictures = F.pad(as_input(pictures).to(device), (2, 2, 2, 2), "reflect")
         pictures = pictures[..., dy:dy + images.size, dx:dx + images.size]
-        pictures = pictures.contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(judge.head(judge.features(pictures)), labels.to(device))
+        loss = F.cross_entropy(judge(pictures), images.labels[numbers].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,16 +85,15 @@ def judge_of(path, images, tokenizer, iters=None):
     with ckgen.reading(path):
         if state["belongs"] != belongs:
             raise ValueError("the judge of other images or of another tokenizer")
-        judge = ckgen.build(Judge, len(images.classes), state["judge"])
-    return judge.to(codebook.device, memory_format=torch.channels_last)
+        judge = ckgen.build(make_judge, len(images.classes), state["judge"])
+    return judge.to(codebook.device)
 
 
 @torch.no_grad()
 def features(judge, images):
     """A judge's features (n, 128), on the CPU, of images (n, 3, h, h), uint8."""
-    device = judge.head.weight.device
-    return torch.cat([judge.features(as_input(part).to(device)).cpu()
-                      for part in images.split(256)])
+    device = judge[-1].weight.device
+    return torch.cat([judge[:-1](as_input(part).to(device)).cpu() for part in images.split(256)])
 
 
 def frechet_distance(a, b):
@@ -151,7 +146,7 @@ class Scores:
         for them; Frechet distance; spread, over that of training images; of toy shapes also in
         how many two colours mix."""
         f = features(self.judge, pictures)
-        right = self.judge.head(f.to(self.judge.head.weight.device)).argmax(-1).cpu() == labels
+        right = self.judge[-1](f.to(self.judge[-1].weight.device)).argmax(-1).cpu() == labels
         found = {"accuracy": right.double().mean().item(),
                  "distance": frechet_distance(f, self.reference),
                  "spread": (spread(f, labels) / self.spread).item()}
@@ -232,16 +227,12 @@ def evaluate(args):
     say("held out", real, labels)
     say("held out, decoded", decoded, labels)
     wanted = torch.arange(SAMPLES) % len(classes)
-    seed = options["seed"] if args.seed is None else args.seed
     for cfg in args.cfg or [defaults["cfg"]]:
         for temperature in args.temperature or [defaults["temperature"]]:
-            start = time.monotonic()
-            codes = ckgen.generate(model, tokenizer, wanted.to(device), layout, seed, cfg=cfg,
-                                   temperature=temperature)
-            codes[-1].tolist()  # this waits for a GPU
-            ms = 1e3 * (time.monotonic() - start) / SAMPLES
-            say(f"samples, w = {cfg:g}, T = {temperature:g}, {len(layout.steps)} steps, "
-                f"{ms:.1f} ms each", decode(tokenizer, codes, layout), wanted)
+            codes = ckgen.generate(model, tokenizer, wanted.to(device), layout, options["seed"],
+                                   cfg=cfg, temperature=temperature)
+            say(f"samples, w = {cfg:g}, T = {temperature:g}, {len(layout.steps)} steps",
+                decode(tokenizer, codes, layout), wanted)
 
 
 def main(arguments=None):
@@ -257,7 +248,6 @@ def main(arguments=None):
         help="the same (default of both: the checkpoint's)")
     add("--judge", metavar="FILE", help="trained if it is not there (default: judge.pt beside the "
         "checkpoint). Runs with one tokenizer can be compared by one judge")
-    add("--seed", type=ckgen.within(int, 0, 2 ** 63 - 1), help="(default: the run's)")
     add("--data", metavar="DIR", help="where its pictures are now (default: where they were)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.run(evaluate, parser.parse_args(arguments))

@@ -75,18 +75,18 @@ def bench(args):
               f"images/s, {seconds / floor:5.1f} times the floor")
 
     for name in [args.config] if args.config else train_tiny.RECIPES:
-        bench_config(name, args, device, dtype, measure)
+        bench_config(name, device, dtype, measure)
 
 
-def bench_config(name, args, device, dtype, measure):
-    """Measure one configuration: tiny as on the toy shapes, S and L as in the paper. On a CPU, S
-    and L draw a single image."""
+def bench_config(name, device, dtype, measure):
+    """Measure one configuration at ratio 2 with P = 4: tiny as on the toy shapes, S and L as in the
+    paper. On a CPU, S and L draw a single image."""
     grid, tokenizer = (8, TokenizerConfig()) if name == "tiny" else (16, VQGAN)
     run = argparse.Namespace(**train_tiny.RECIPES[name])
-    sizes = ckgen.scale_sizes(grid, train_tiny.SCALES[args.scale])
+    sizes = ckgen.scale_sizes(grid, 2)
     config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads, run.ffn)
     model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device, dtype)
-    layout, codebook = Layout(sizes, args.steps, device), tokenizer.codebook().float()
+    layout, codebook = Layout(sizes, 4, device), tokenizer.codebook().float()
     drawing = ckgen.for_sampling(copy.deepcopy(model), dtype)
     optimizers = train_tiny.make_optimizers(model, run)
     read = sum(p.nbytes for p in drawing.layers.parameters() if p.ndim == 2) * len(layout.steps)
@@ -122,9 +122,6 @@ def main(arguments=None):
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", choices=train_tiny.RECIPES, help="(default: all)")
-    add("--scale", choices=train_tiny.SCALES, default="2", help="ratio between scales (default: 2)")
-    add("--steps", type=ckgen.within(int, 1), default=4, metavar="P",
-        help="steps for each scale (default: 4)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.run(bench, parser.parse_args(arguments))
 

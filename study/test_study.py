@@ -242,7 +242,8 @@ def test_refinement_draws_within_the_cluster_and_with_K_equal_V_nothing_new():
             cond, uncond = (model.refine(expected, y, layout).clamp(-1e6) for y in (labels, none))
             guided = cond + cfg * (cond - uncond)
             assert equal(drawn[:, cell], guided.argmax(-1)), (K, cfg)
-            hotter = coarse.sample_both(model, None, labels, layout, **options, fine_temperature=9)
+            options["temperature"] = 1e-9  # is argmax too, but for the second stage
+            hotter = coarse.sample_both(model, None, labels, layout, **options, fine=1e10)
             assert equal(model.cluster[hotter], expected), (K, cfg)
             assert equal(hotter, drawn) == (K == 17), (K, cfg)
 
@@ -287,7 +288,7 @@ def test_graph_draws_what_sample_draws(monkeypatch):
 
 def test_speed_measures_drawing_decoding_and_training(monkeypatch, capsys):
     monkeypatch.setattr(speed, "timed", lambda work: (work(), 0.5)[1])
-    run(speed, "--config tiny --scale 4 --steps 2")
+    run(speed, "--config tiny")
     rows = re.findall(r"(\w+) +(\d+) images: +500.0 ms, +([\d.]+)", capsys.readouterr().out)
     wanted = [(what, str(n), f"{2 * n:.1f}") for n in (1, 8, 64) for what in ("draw", "decode")]
     assert rows == wanted + [("train", "4", "8.0")], rows
