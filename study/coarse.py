@@ -146,24 +146,22 @@ def compare(args):
     layout = study.layout(FIRST, 4)
     network, tokenizer = study.load(FIRST)
     codes = train_tiny.encode(tokenizer, study.held_out, layout.sizes)
-    codebook = tokenizer.codebook()
     rows = []
     for K in (0, 256) if args.data else (0, 64, 256):  # 0: plain
         loss = functools.partial(train_tiny.held_out_loss, labels=study.labels, layout=layout)
-        first = 0
         if K:
             network, tokenizer = train(f"{study.folder}/{FIRST}", K, study.device)
-            first = loss(network.coarse, network.centroids, network.cluster[codes])[0]
-        nats = loss(network, codebook, codes)
+        nats = first = loss(network, tokenizer.codebook(), codes)
+        if K:
+            first = loss(network.coarse, network.centroids, network.cluster[codes])
         with mock.patch.object(ckgen, "sample", sample_both if K else sample):
             for T in (0.5, 0.8, 1.0, 1.1):
                 for options in ({"fine": 1.0}, {"fine": 0.5}) if K else ({},):
                     scores = study.samples(network, tokenizer, layout, cfg=0.5, temperature=T,
                                            **options)
-                    rows.append({
-                        "K": K, "T": T, "fine T": T * options.get("fine", 1), "nats": nats[0],
-                        "of them fine": nats[0] - first if K else 0, "nats finest map": nats[-1]
-                        } | scores)
+                    row = {"K": K, "T": T, "fine T": T * options.get("fine", 1), "nats": nats[0],
+                           "of them fine": nats[0] - first[0], "nats finest map": nats[-1]}
+                    rows.append(row | scores)
                     study.write_csv(f"{study.prefix}coarse.csv", rows)
 
 

@@ -142,9 +142,8 @@ class Scores:
         self.spread = spread(self.reference, images.labels[some])
 
     def __call__(self, pictures, labels):
-        """Scores of pictures (n, 3, h, h), uint8, of these classes: the share that the judge takes
-        for them; Frechet distance; spread, over that of training images; of toy shapes also in
-        how many two colours mix."""
+        """Scores of pictures (n, 3, h, h), uint8, of these classes. accuracy: what share the judge
+        takes for them. spread: over that of training images."""
         f = features(self.judge, pictures)
         right = self.judge[-1](f.to(self.judge[-1].weight.device)).argmax(-1).cpu() == labels
         found = {"accuracy": right.double().mean().item(),
