@@ -873,7 +873,7 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on from what it saved\n")
+            self.exit(130, "\nstopped; a training goes on by the same command\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit(141)
@@ -905,7 +905,7 @@ def find_device(name=None):
         if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # such as a torch without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type != "cuda":
         return device, torch.float32

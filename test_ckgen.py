@@ -593,7 +593,7 @@ def test_finds_what_ImageFolder_finds():
     but not in circles; nothing hidden, no text."""
     for name in ("n01443537/images/0.JPEG", "n01443537/n01443537_boxes.txt", "n2/1.Png",
                  "n2/.hidden.png", "n2/.git/2.png", "n2/Thumbs.db", "stray.png", "empty/a.txt",
-                 "runs/train-2x/samples.png", "runs/train-2x/.lock", "../elsewhere/deep/3.gif"):
+                 "runs/toy-2x/samples.png", "runs/toy-2x/tokenizer.pt", "../elsewhere/deep/3.gif"):
         path = Path("train", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

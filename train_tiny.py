@@ -421,7 +421,7 @@ def train_tokenizer(run, images, tokenizer):
         loss.backward()
         optimizer.step()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
 @torch.no_grad()
@@ -473,7 +473,8 @@ def code_images(run, images, tokenizer):
         os.replace(f"{path}.tmp", path)
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
-    return np.fromfile(path, np.uint16).reshape(images.train, len(images.views), -1)
+    with ckgen.reading(path):
+        return np.fromfile(path, np.uint16).reshape(images.train, len(images.views), -1)
 
 
 def append_codes(path, run, images, tokenizer):
@@ -579,11 +580,12 @@ def find_pictures(folder):
 
     for place, inner, names in os.walk(folder, onerror=fail, followlinks=True):
         place = Path(place)
-        # Links may lead in circles. A run has a lock in its folder: its pictures are our own.
-        if place.resolve() in map(Path.resolve, place.parents) or ".lock" in names:
+        if place.resolve() in map(Path.resolve, place.parents):  # links may lead in circles
             inner.clear()
             continue
-        inner[:] = [name for name in inner if name[0] != "."]
+        # The pictures in a run's folder are our own.
+        inner[:] = [name for name in inner if not
+                    (name.startswith(".") or (place / name / "tokenizer.pt").exists())]
         for file in map(place.joinpath, names):
             relative = file.relative_to(folder)
             readable = kinds.get(file.suffix.lower()) in Image.OPEN and file.name[0] != "."
