@@ -873,7 +873,7 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; a training goes on by the same command\n")
+            self.exit(130, "\nstopped; the same command goes on where a run last saved\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit(141)
@@ -922,13 +922,13 @@ def explain():
         print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))
     layout = Layout((1, 2, 4), P=4)
     print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cell 0 is the 1x1 map,\n"
-          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: there is no block before.\n")
+          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: the first block of its map.\n")
     for t, (_, start, end) in enumerate(layout.steps, 1):
         cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
         print(f"   step {t}: draws {cells}, reads {before}")
     print("\nOne token (Eq. 1): the first of step 7 predicts the code of cell 10. Its input is\n"
           "W_proj of pos[10], z_up[10] (cells 1-4, upsampled), pos[5] and the code of cell 5.\n"
-          "\nMask: a row's token attends to the columns marked ##. The class token is first.\n")
+          "\nMask: a row attends to the columns marked ##: the class token, then step after step.\n")
     for row in layout.mask.tolist():
         print("  ", "".join("##" if allowed else " ." for allowed in row))
     print("\nNext: python train_tiny.py --scale 2 --steps 4")
@@ -1022,9 +1022,9 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", nargs="?", help="written by train_tiny.py, or released by the author")
     add("--class", dest="classes", nargs="+", default=[], metavar="NAME",
-        help="by name or number, in turn; none is no class (default: --n of them, or 16)")
+        help="by name or number, in turn; none: no class (default: as many as --n, or 16)")
     add("--n", type=within(int, 1, 10 ** 6), help="number of images (default: 8 of each class)")
-    add("--steps", type=within(int, 1), metavar="P", help="steps a scale: fewer are faster")
+    add("--steps", type=within(int, 1), metavar="P", help="steps for each map")
     add("--cfg", type=within(float, 0, 1000), metavar="W",
         help="guidance: logits = cond + W (cond - uncond); 0 is off")
     add("--cfg-start", type=within(int, 0), default=5, metavar="STEP",

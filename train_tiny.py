@@ -341,7 +341,7 @@ def held_out_loss(model, codebook, codes, labels, layout):
 
 def draw_pictures(run, model, tokenizer):
     """samples.png: a row of eight for each class, or for 16 at most. progress.gif (Fig. 1): its
-    first eight pictures after every step. pyramid.png: the same at each scale (Sec. 3.3)."""
+    first eight pictures after every step. pyramid.png: each map of these by itself (Sec. 3.3)."""
     every = math.ceil(len(run.classes) / 16)
     labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
     options = dict(run.defaults)
@@ -817,7 +817,7 @@ def train(args):
         train_transformer(run, images, tokenizer, codes)
         if RANK == 0:
             print(f"{run.out}: samples.png, progress.gif (images after every step), pyramid.png "
-                  f"(each scale by itself), log.csv\n"
+                  f"(each map by itself), log.csv\n"
                   f"next: python ckgen.py {run.out}/checkpoint.pt --steps 8\n"
                   f"      python study/evaluate.py {run.out}/checkpoint.pt")
 
@@ -826,8 +826,8 @@ def main(arguments=None):
     """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, within = parser.add_argument, ckgen.within
-    add("--scale", choices=SCALES, help="ratio between scales; 1: a single scale (default: 2)")
-    add("--steps", type=within(int, 1), metavar="P", help="steps for each scale when drawing "
+    add("--scale", choices=SCALES, help="ratio between the sides of maps; 1: one map (default: 2)")
+    add("--steps", type=within(int, 1), metavar="P", help="steps for each map when drawing "
         "(default: 4); training draws P at random. A finished run draws its pictures again")
     add("--data", type=os.path.abspath, metavar="DIR",
         help="your pictures, a folder per class (default: toy shapes)")

@@ -145,7 +145,7 @@ def main(arguments=None):
         help="left, right, top or bottom, or a map, as 2x2, to enlarge (default: left)")
     add("--candidates", type=within(int, 1, 10000), nargs="+", metavar="K",
         help="drawn side by side, one is kept (default: a row with 1, one with 64; to enlarge, 1)")
-    add("--steps", type=within(int, 1), metavar="P", help="steps for each scale")
+    add("--steps", type=within(int, 1), metavar="P", help="steps for each map")
     add("--cfg", type=within(float, 0, 1000), metavar="W", help="guidance; 0 is off")
     add("--temperature", type=within(float, 1e-3, 100), metavar="T",
         help="divides the logits (default of all three: the checkpoint's)")

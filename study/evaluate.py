@@ -240,7 +240,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("checkpoint", help="of a finished run, or of one on its way")
     add("--steps", type=ckgen.within(int, 1), metavar="P",
-        help="steps for each scale when drawing (default: the checkpoint's)")
+        help="steps for each map when drawing (default: the checkpoint's)")
     add("--cfg", type=ckgen.within(float, 0, 1000), metavar="W", nargs="+",
         help="guidance; several values are tried one after the other")
     add("--temperature", type=ckgen.within(float, 0, 100), metavar="T", nargs="+",
