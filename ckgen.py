@@ -928,7 +928,7 @@ def explain():
         print(f"   step {t}: draws {cells}, reads {before}")
     print("\nOne token (Eq. 1): the first of step 7 predicts the code of cell 10. Its input is\n"
           "W_proj of pos[10], z_up[10] (cells 1-4, upsampled), pos[5] and the code of cell 5.\n"
-          "\nMask: a row attends to the columns marked ##: the class token, then step after step.\n")
+          "\nMask: a row attends to columns marked ##: the class token, then step after step.\n")
     for row in layout.mask.tolist():
         print("  ", "".join("##" if allowed else " ." for allowed in row))
     print("\nNext: python train_tiny.py --scale 2 --steps 4")

@@ -368,7 +368,7 @@ def steps(study):
         for quantity in quantities:
             lines[quantity][SCALES[scale]].append((len(layout.steps), *summary(found[quantity])))
 
-    distance = f"Frechet distance (held out: {study.floor('distance'):.2f})"
+    distance = f"Frechet distance, best w (held out: {study.floor('distance'):.2f})"
     accuracy = f"accuracy, w = 0.5 (held out: {study.floor('accuracy'):.2f})"
     above = [plot("nats a token of the last map", lines["last map"]),
              plot("nats a picture, all maps", lines["all maps"])]
