@@ -3,8 +3,8 @@
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, 4x4, ... NxN. A
 transformer draws the maps from coarse to fine. Each map takes P steps, or as many as it has cells
-if those are fewer. Step i of a map draws block b_i, a set of cells that are spread evenly over the
-map, all at once.
+if those are fewer. Step i of a map draws block b_i: at once, all cells of a set that is spread
+evenly over the map.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
@@ -26,17 +26,17 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
     cell      b_s^i              (1+L,)         the cell of b_i that each token predicts
     before    b_s^{i-1}          (1+L,)         the cell of b_{i-1} that each token reads
     pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
-    alpha     alpha_l            (H,)           how much of a key's RoPE is that of b_i, in layer l
+    alpha     alpha_{lh}         (H,)           how much of a key's RoPE is that of b_i, in layer l
 
 Codes, z and z_up lie in pyramid order, map after map, each row by row, so that a slice is a map.
 Tokens and logits lie in layout order, that of drawing, so that a slice is a block. Indexing with
 layout.cell leads from one to the other: codes[:, layout.cell[1:]] are the codes in layout order.
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
 each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
-1 + L long: the class token comes first. Guidance is cond + cfg (cond - uncond), as released: 0 is
-none; where others write uncond + s (cond - uncond), s is 1 + cfg. "As released" marks what the
-author's code and models do where the paper leaves it open or differs, "ours" what is chosen here.
-Most parameters have the names of the released files (w1, nin_shortcut, ...), so that those load.
+1 + L long: first comes the class token, which predicts nothing. Guidance is cond + cfg (cond -
+uncond), as released: 0 is none; where others write uncond + s (cond - uncond), s is 1 + cfg. "As
+released" marks what the author's code and models do where the paper leaves it open or differs,
+"ours" what is chosen here. Most parameters have their names in the released files (w1, ...).
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
@@ -71,8 +71,8 @@ def progressive_checkerboard(size):
     many of them, to within one, and so do the quadrants of each quadrant, and so on. Any order of
     the four would do for that; this one visits diagonal ones first, so that the first half of the
     cells is a checkerboard, not stripes. A size that is not a power of two takes the order of the
-    next one, without cells outside the grid; then only quadrants wholly inside are sure to be
-    balanced. Raises ValueError if size < 1. Copy it: it needs no import.
+    next power of two, without cells outside the grid; then balance is sure only within quadrants
+    that lie wholly inside. Raises ValueError if size < 1. It stands alone, to be copied.
     """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
@@ -92,7 +92,7 @@ def progressive_checkerboard(size):
 def scale_sizes(grid, ratio):
     """Sides of the maps, coarse to fine (Fig. 4b). For the 16x16 grid of a 256-pixel image:
 
-        ratio    sides                   L      steps (ours) with P = 4, P = 8
+        ratio    sides                   L      steps with P = 4, P = 8
         sqrt 2   1 2 3 4 6 8 11 16       507    29, 53
         2        1 2 4 8 16              341    17, 29
         3        1 2 5 16                286    13, 21
@@ -101,7 +101,7 @@ def scale_sizes(grid, ratio):
 
     Ratio 2 takes 17 steps with P = 4, not 5 * 4, as the 1x1 map has one cell and so takes one step.
     """
-    sizes = [grid]  # fractions, rounded in the end
+    sizes = [grid]  # fractions, rounded at the end
     while ratio > 1 and sizes[-1] > 1:
         sizes.append(max(1, sizes[-1] / ratio))
     return tuple(sorted({round(n) for n in sizes}))
@@ -121,20 +121,21 @@ class Layout:
     """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Training and
     sampling share it.
 
-    Token j of a block reads cell j of the previous block (Eq. 1). In a 4x4 map, with P = 4, step 1
-    draws cells 0 10 2 8, and step 2 draws 5 15 7 13 and reads 0 10 2 8, their neighbours. The last
-    block of a scale is read by no token: the next scale learns of it by z_up. If P does not divide
-    n * n, block sizes differ by one (ours; as released, one short block more), larger ones first,
-    so that each token finds a cell to read.
+    Token j of a block reads cell j of the previous block (Eq. 1), which lies next to its own, or a
+    few cells away if P is large. A 4x4 map alone, with P = 4: step 1 draws cells 0 10 2 8, step 2
+    draws 5 15 7 13 and reads 0 10 2 8. The last block of a scale is read by no token: the next
+    scale learns of it by z_up. If P does not divide n * n, there still are P blocks, whose sizes
+    differ by one (ours; as released, P equal ones and a short one). Larger ones come first, so that
+    each token finds a cell to read.
 
     No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
-    with any P. How often which one: see draw_batch in train_tiny.py.
+    with any P. draw_batch in train_tiny.py has its distribution.
     """
 
     def __init__(self, sizes, P, device="cpu"):
         self.sizes = tuple(sizes)
         self.scales = []  # where each scale lies in the pyramid: [slice, ...]
-        self.steps = []   # [(scale, start, end), ...]: step t draws tokens start ... end-1, from 1
+        self.steps = []   # [(scale, start, end), ...]: a step draws tokens start ... end-1
         cell, before, block = [CLASS], [CLASS], [0]
         for scale, n in enumerate(sizes):
             first = len(cell) - 1  # the number of cells so far: `cell` holds the class token too
@@ -160,8 +161,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a Tokenizer: of the small one, or of LlamaGen's VQGAN if channels are given."""
-    codes: int = 256       # V
+    """Sizes of a Tokenizer: of ours, see small_pair, or of LlamaGen's VQGAN, if it has channels."""
+    codes: int = 256       # V, how many
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
     width: int = 64        # channels of the encoder's output
@@ -170,9 +171,9 @@ class TokenizerConfig:
 
 
 class Tokenizer(nn.Module):
-    """A vector-quantised autoencoder. Latents and code vectors have unit length. Every scale is
-    encoded by itself from the image, so each decodes to a picture. Images are (B, 3, h, w) in
-    [-1, 1]."""
+    """A vector-quantised autoencoder. Latents and code vectors have unit length, as released. Every
+    scale is encoded by itself from the image, so each decodes to a picture. Images are (B, 3, h, w)
+    in [-1, 1]."""
 
     def __init__(self, config):
         super().__init__()
@@ -226,7 +227,7 @@ def as_map(rows):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside the identity: (B, c_in, h, w) to (B, c_out, h, w)."""
+    """Two 3x3 convolutions beside a shortcut: (B, c_in, h, w) to (B, c_out, h, w)."""
 
     def __init__(self, c_in, c_out, norm=nn.Identity):  # nn.Identity ignores its arguments
         super().__init__()
@@ -259,7 +260,7 @@ class Config:
     S has width 512, 12 layers, 16 heads (58M); L 1024, 20, 16 (368M by our count; paper: 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
-    codes: int = 256        # V
+    codes: int = 256        # V, how many
     code_dim: int = 8       # C
     width: int = 128        # D
     layers: int = 4
@@ -278,13 +279,13 @@ def rope_table(sizes, head_width):
 
     A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
     released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if their angles
-    agree. Ours agree at the start (the released differ); training may part them.
+    agree. At the start ours agree, and those of the released code do not; training may part them.
 
-    Of the pairs, 7/8 turn with the position, half by x and half by y, and 1/8 with the scale
-    (Sec. 3.4). As released, pair i of the k pairs of x has the angle x N^(-2i/k), those of y
-    likewise, and pair i of the k pairs of scale m = 0, 1, ... has (m + 1) pi/2 10^(-i/k). x and y
-    are a cell's centre, in cells of the finest map, so that a place has nearly the same angles in
-    all maps (ours). CLASS and EMPTY, the last rows, have angle 0.
+    Of the pairs, 7/16 turn with x, 7/16 with y, and 1/8 with the scale (Sec. 3.4). Pair i of the k
+    pairs of x has the angle x N^(-2i/k), those of y likewise, and pair i of the k pairs of scale
+    m = 0, 1, ... has (m + 1) pi/2 10^(-i/k): the released formulas, which count elements instead of
+    pairs. x and y are a cell's centre, in cells of the finest map, so that a place has nearly the
+    same angles in all maps (ours). CLASS and EMPTY, the last rows, have angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -298,9 +299,9 @@ def rope_table(sizes, head_width):
     for m, n in enumerate(sizes):
         centre = (torch.arange(n) + 0.5) * N / n                         # (n,), in cells of N x N
         y, x = torch.meshgrid(centre, centre, indexing="ij")             # (n, n)
-        scale = torch.full((n, n), (m + 1) * math.pi / 2)
+        turn = torch.full((n, n), (m + 1) * math.pi / 2)
         angles = [angles_of(x, x_pairs, N * N), angles_of(y, y_pairs, N * N),
-                  angles_of(scale, scale_pairs, 10)]
+                  angles_of(turn, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
     angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)      # (L+2, 2d)
@@ -326,7 +327,7 @@ class Attention(nn.Module):
     def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to its shape. x and the ropes hold tokens start ... start+T-1. mask (T, T):
         which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: the
-        keys and values of these tokens are written into it, and all tokens so far are seen."""
+        keys and values of these tokens are written into it, and read with those before them."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
         if cache is not None:
@@ -386,7 +387,7 @@ def upsample(z, layout, scale):
     """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
     bilinearly as released. An average of unit vectors may be shorter than 1, so it is normalised
     again, as released: it goes through the same MLP as code vectors. The first scale has no
-    coarser map, only the class: it gets zeros, which the MLP turns into a learned constant."""
+    coarser map, only the class: it gets zeros, of which the MLP makes a learned constant."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
@@ -434,11 +435,11 @@ class Checkerboard(nn.Module):
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query is rotated by the position of the cell that it predicts. So is a key, but in the
-        mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), with an alpha
-        for each head: a key's token carries the code of b_{i-1}, so that a query can find it by its
-        place. The sum is not normalised again, as released. In the first block of a scale, b_{i-1}
-        is EMPTY; for the class token, both are CLASS.
+        A query is rotated by the position of the cell that it predicts. So is a key. In the mixing
+        layers (Sec. 3.4), a key is rotated by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), as
+        its token carries the code of b_{i-1}: there a query can look for a code at that code's own
+        place. Each head has its alpha. The sum is not normalised again, as released. In the first
+        block of a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -453,7 +454,7 @@ class Checkerboard(nn.Module):
 
     def embed_class(self, labels):
         """Labels (B,) to the class token (B, 1, D) and the shifts and factors of each layer. Labels
-        are 0 ... classes-1, or `classes` for none, as a tenth of them is in training (Sec. 3.3)."""
+        are 0 ... classes-1, or `classes` for none: a tenth of them in training (as released)."""
         class_token = self.class_embeddings(labels)[:, None]             # (B, 1, D)
         return class_token, [layer.modulation(class_token) for layer in self.layers]
 
@@ -461,10 +462,10 @@ class Checkerboard(nn.Module):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), from z and z_up (B, L, C). Each has
         four parts, in the released order (the paper's is 2 4 1 3: other columns of W_proj):
 
-            1  pos[b_i]             where the cell lies that is predicted
-            2  MLP(z_up[b_i])       what the coarser map shows there
-            3  pos[b_{i-1}]         where the cell of the previous block lies
-            4  MLP(z[b_{i-1}])      its code vector, so that this map's own codes are known
+            1  pos[b_i]                 where the cell lies that is predicted
+            2  Linear(MLP(z_up[b_i]))   what the coarser map shows there (Linear as released)
+            3  pos[b_{i-1}]             where the cell of the previous block lies
+            4  MLP(z[b_{i-1}])          its code vector, so that this map's own codes are known
         """
         cell, before = layout.cell[start:end], layout.before[start:end]
         pos = self.embed_positions.weight                                # (L, D)
@@ -493,9 +494,8 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z (None: z), in which train_tiny.py replaces
-        a tenth of the codes at random for S and L (as released), so that the model does not trust
-        coarser maps blindly, and none for tiny."""
+        order of layout.cell[1:]. z_up is made of noisy_z (None: z), a tenth of whose codes are
+        random for S and L (as released), so that coarser maps are not trusted blindly."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -505,7 +505,7 @@ class Checkerboard(nn.Module):
 
 
 def loss_by_scale(logits, codes, layout):
-    """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is trained
+    """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is minimised
     (Sec. 3.1), then each scale's mean. All tokens count alike, so the finest map has three quarters
     of the weight at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
@@ -540,8 +540,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
            choose=None):
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook: tokenizer.codebook(). The first cfg_start steps are not guided, so that what they
-    settle, colours and layout, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with P >= 4
-    (Sec. 4.1; Sec. 4.3 guides all). If there are no more than that, the second half is guided
+    settle, colours and composition, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with
+    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no more, the second half is guided
     (ours). choose(guided logits (B, T, V), cells (T,)), if given, returns codes instead of `draw`.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
@@ -561,7 +561,7 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     codes = torch.zeros(B, L, dtype=torch.long, device=labels.device)
     z = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(z)
-    for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0, as cfg_start does
+    for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0
         # Forward. z_up is the same in all steps of a scale; making it again is cheap.
         cell = layout.cell[start:end]                                       # (T,)
         z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
@@ -599,8 +599,8 @@ def to_uint8(images):
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
-    """The images (B, h, w, 3), uint8, after each step, of z (B, L, C): a list (Fig. 1). Undrawn
-    cells are grey; the decoder sees z_up in their place, and nothing of later steps."""
+    """A list of images (B, h, w, 3), uint8: z (B, L, C) after each step (Fig. 1). Undrawn cells are
+    grey; the decoder sees z_up in their place, and nothing of later steps."""
     side, frames = layout.sizes[-1] * tokenizer.config.stride, []
     for scale, _, end in layout.steps:
         n, at = layout.sizes[scale], layout.scales[scale]
