@@ -1,10 +1,10 @@
 """ckgen: checkerboard image generation in one file.
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
-(arXiv:2602.03811). An image becomes a pyramid of small maps of codes: 1x1, 2x2, 4x4, ... NxN. A
+(arXiv:2602.03811). An image becomes a pyramid of small maps of codes, say 1x1, 2x2, ... NxN. A
 transformer draws the maps from coarse to fine. Each map takes P steps, or as many as it has cells
-if those are fewer. Step i of a map draws block b_i: at once, all cells of a set that is spread
-evenly over the map.
+if those are fewer. Step i of a map draws block b_i: a set of cells, spread evenly over the map, all
+at once.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
@@ -34,7 +34,7 @@ layout.cell leads from one to the other: codes[:, layout.cell[1:]] are the codes
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
 each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
 1 + L long: first comes the class token, which predicts nothing. Guidance is cond + cfg (cond -
-uncond), as released: 0 is none; where others write uncond + s (cond - uncond), s is 1 + cfg. "As
+uncond), as released: 0 is none; where others write uncond + g (cond - uncond), g is 1 + cfg. "As
 released" marks what the author's code and models do where the paper leaves it open or differs,
 "ours" what is chosen here. Most parameters have their names in the released files (w1, ...).
 
@@ -121,12 +121,12 @@ class Layout:
     """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Training and
     sampling share it.
 
-    Token j of a block reads cell j of the previous block (Eq. 1), which lies next to its own, or a
-    few cells away if P is large. A 4x4 map alone, with P = 4: step 1 draws cells 0 10 2 8, step 2
-    draws 5 15 7 13 and reads 0 10 2 8. The last block of a scale is read by no token: the next
-    scale learns of it by z_up. If P does not divide n * n, there still are P blocks, whose sizes
-    differ by one (ours; as released, P equal ones and a short one). Larger ones come first, so that
-    each token finds a cell to read.
+    Token j of a block reads cell j of the previous block (Eq. 1). If n is a power of two, this lies
+    next to its own cell with P = 2 or 4, one to three away with P = 8; else it may lie far off. A
+    4x4 map alone, with P = 4: step 1 draws cells 0 10 2 8, step 2 draws 5 15 7 13 and reads 0 10 2
+    8. The last block of a scale is read by no token: the next scale learns of it by z_up. If P does
+    not divide n * n, P blocks differ in size by one (ours; as released, P equal ones and a short
+    one). Larger ones come first, so that each token finds a cell to read.
 
     No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
     with any P. draw_batch in train_tiny.py has its distribution.
@@ -161,8 +161,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a Tokenizer: of ours, see small_pair, or of LlamaGen's VQGAN, if it has channels."""
-    codes: int = 256       # V, how many
+    """Sizes of a Tokenizer: small_pair (ours), or LlamaGen's VQGAN if `channels` are given."""
+    codes: int = 256       # V, so many code vectors
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
     width: int = 64        # channels of the encoder's output
@@ -244,8 +244,8 @@ class ResidualBlock(nn.Module):
 
 
 def small_pair(config):
-    """A small encoder and decoder (ours). The encoder sees one cell at a time: equal patches get
-    equal codes, which are easy to predict. The decoder sees a neighbourhood."""
+    """A small encoder, (B, 3, h, w) to (B, width, n, n), and a decoder back (ours). The encoder
+    sees one cell at a time: equal patches get equal codes. The decoder sees a neighbourhood."""
     pixels, width = 3 * config.stride ** 2, config.width
     blocks = [ResidualBlock(width, width) for _ in range(3)]
     return (nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
@@ -257,10 +257,10 @@ def small_pair(config):
 @dataclass(frozen=True)
 class Config:
     """Sizes of a Checkerboard. The defaults are those of tiny in train_tiny.py (1.3M parameters).
-    S has width 512, 12 layers, 16 heads (58M); L 1024, 20, 16 (368M by our count; paper: 343M)."""
+    S has width 512, 12 layers, 16 heads (58M for ImageNet), L 1024, 20, 16 (368M; paper: 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
-    codes: int = 256        # V, how many
+    codes: int = 256        # V, so many code vectors
     code_dim: int = 8       # C
     width: int = 128        # D
     layers: int = 4
@@ -278,14 +278,14 @@ def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
     A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
-    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if their angles
-    agree. At the start ours agree, and those of the released code do not; training may part them.
+    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if both have one
+    angle. They start so here (ours; not as released: there angles spread over all d elements).
 
     Of the pairs, 7/16 turn with x, 7/16 with y, and 1/8 with the scale (Sec. 3.4). Pair i of the k
     pairs of x has the angle x N^(-2i/k), those of y likewise, and pair i of the k pairs of scale
-    m = 0, 1, ... has (m + 1) pi/2 10^(-i/k): the released formulas, which count elements instead of
-    pairs. x and y are a cell's centre, in cells of the finest map, so that a place has nearly the
-    same angles in all maps (ours). CLASS and EMPTY, the last rows, have angle 0.
+    m = 0, 1, ... has (m + 1) pi/2 10^(-i/k): the released formulas, over pairs. x and y are that of
+    a cell's centre, in cells of the finest map, so that a place has similar angles in all maps
+    (ours). CLASS and EMPTY, the last rows, have angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -325,7 +325,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
-        """x (B, T, D) to its shape. x and the ropes hold tokens start ... start+T-1. mask (T, T):
+        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T):
         which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: the
         keys and values of these tokens are written into it, and read with those before them."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -387,7 +387,7 @@ def upsample(z, layout, scale):
     """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
     bilinearly as released. An average of unit vectors may be shorter than 1, so it is normalised
     again, as released: it goes through the same MLP as code vectors. The first scale has no
-    coarser map, only the class: it gets zeros, of which the MLP makes a learned constant."""
+    coarser map: it gets zeros, as released, of which the MLP makes a learned constant."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
@@ -411,7 +411,7 @@ class Checkerboard(nn.Module):
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
         self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
-        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # logits
+        self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha'
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(D, eps=1e-6)                              # no AdaLN, as released
         self.lm_head = nn.Linear(D, config.codes)
@@ -495,7 +495,7 @@ class Checkerboard(nn.Module):
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
         order of layout.cell[1:]. z_up is made of noisy_z (None: z), a tenth of whose codes are
-        random for S and L (as released), so that coarser maps are not trusted blindly."""
+        random for models S and L (as released): so coarser maps are not trusted blindly."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -541,8 +541,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook: tokenizer.codebook(). The first cfg_start steps are not guided, so that what they
     settle, colours and composition, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with
-    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no more, the second half is guided
-    (ours). choose(guided logits (B, T, V), cells (T,)), if given, returns codes instead of `draw`.
+    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no more steps, the second half is
+    guided (ours). choose(guided logits (B, T, V), cells (T,)), if given, replaces `draw`.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     already drawn, its RoPE depends on cells alone, and its AdaLN on the class.
@@ -606,8 +606,8 @@ def progress_frames(tokenizer, z, layout):
         n, at = layout.sizes[scale], layout.scales[scale]
         drawn = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
         drawn[layout.cell[1:end]] = True
-        z_up = upsample(z, layout, scale)
-        seen = torch.where(drawn[at, None], z[:, at], z_up)                 # (B, n*n, C)
+        up = upsample(z, layout, scale)                                     # z_up of this map
+        seen = torch.where(drawn[at, None], z[:, at], up)                   # (B, n*n, C)
         image = torch.cat([tokenizer.decode(part) for part in as_map(seen).split(16)])
         image = F.interpolate(image, (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
@@ -641,7 +641,7 @@ class AttentionBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with attention at the coarsest; then it is changed."""
+    """Residual blocks at one resolution, with attention at the coarsest; then it is resampled."""
 
     def __init__(self, c_in, c_out, blocks, attention, resample):
         super().__init__()
@@ -719,7 +719,7 @@ def reading(path):
         yield
     except Exception as error:
         if lacks_memory(error) or getattr(error, "errno", None) not in (None, 22):
-            raise  # 22 is what a damaged JPEG 2000 raises
+            raise  # 22 is what a damaged JPEG 2000 picture raises
         reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
         raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 
@@ -758,7 +758,7 @@ def load(path, device="cpu", dtype=torch.float32):
             weights = our_names(state["model"], of_tokenizer=False)
             config = released_config(weights)
             classes = [str(number) for number in range(config.classes)]
-            defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}  # Table 1, ratio 2
+            defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}  # of Table 1
             if config.sizes == scale_sizes(config.sizes[-1], 4):
                 defaults |= {"steps": 8, "cfg": 1.7}
         model = build(Checkerboard, config, weights)
@@ -838,7 +838,7 @@ def released_tokenizer_config(tensors):
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
     """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). The
-    cache of model L takes 3.6 GB of a GPU with guidance, in bfloat16 (counted)."""
+    cache of model L takes 3.6 GB of a GPU with guidance, in bfloat16 (computed)."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
@@ -873,7 +873,7 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; the same command goes on where a run last saved\n")
+            self.exit(130, "\nstopped; a training goes on where it saved, by the same command\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit(141)
@@ -885,7 +885,7 @@ class Parser(argparse.ArgumentParser):
                 message = "a file was not written: the disk may be full"
             elif not lacks_memory(error):
                 raise  # a mistake in the program
-        self.error(message)  # here, where the progress bars of what failed have ended
+        self.error(message)  # here, after progress bars are closed
 
 
 def within(kind, low, high=10 ** 9):
@@ -916,13 +916,13 @@ def find_device(name=None):
 
 def explain():
     """Print the scan order (Fig. 3), a small layout and its mask (Fig. 2), and a token (Eq. 1)."""
-    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws cells 1-8, and so on.\n")
+    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws those of 1-8, and so on.\n")
     order = progressive_checkerboard(8)
     for y in range(8):
         print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))
     layout = Layout((1, 2, 4), P=4)
     print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cell 0 is the 1x1 map,\n"
-          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: the first block of its map.\n")
+          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: no block before, in this map.\n")
     for t, (_, start, end) in enumerate(layout.steps, 1):
         cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
         print(f"   step {t}: draws {cells}, reads {before}")
@@ -1028,7 +1028,7 @@ def main(arguments=None):
     add("--cfg", type=within(float, 0, 1000), metavar="W",
         help="guidance: logits = cond + W (cond - uncond); 0 is off")
     add("--cfg-start", type=within(int, 0), default=5, metavar="STEP",
-        help="steps at the start without guidance; half, if there are no more (default: 5)")
+        help="steps at the start without guidance; half of all, if there are no more (default: 5)")
     add("--temperature", type=within(float, 0, 100), metavar="T",
         help="divides the logits; 0 takes the likeliest codes")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="same seed, same images")
