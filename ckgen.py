@@ -3,8 +3,8 @@
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
 (arXiv:2602.03811). An image becomes a pyramid of small maps of codes, say 1x1, 2x2, ... NxN. A
 transformer draws the maps from coarse to fine. Each map takes P steps, or as many as it has cells
-if those are fewer. Step i of a map draws block b_i: a set of cells, spread evenly over the map, all
-at once.
+if those are fewer. Step i draws the cells of block b_i, each without knowing of the others. So they
+are spread evenly over the map, as near cells depend on each other most.
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
@@ -33,9 +33,9 @@ Tokens and logits lie in layout order, that of drawing, so that a slice is a blo
 layout.cell leads from one to the other: codes[:, layout.cell[1:]] are the codes in layout order.
 B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
 each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
-1 + L long: first comes the class token, which predicts nothing. Guidance is cond + cfg (cond -
-uncond), as released: 0 is none; where others write uncond + g (cond - uncond), g is 1 + cfg. "As
-released" marks what the author's code and models do where the paper leaves it open or differs,
+1 + L long: first comes the class token, which predicts nothing. Guidance, as released, is
+cond + cfg (cond - uncond): 0 is none; where others write uncond + g (cond - uncond), g is 1 + cfg.
+"As released" marks what the author's code and models do where the paper leaves it open or differs,
 "ours" what is chosen here. Most parameters have their names in the released files (w1, ...).
 
     python ckgen.py                                                  explain the order and the mask
@@ -278,14 +278,14 @@ def rope_table(sizes, head_width):
     """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
 
     A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
-    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if both have one
-    angle. They start so here (ours; not as released: there angles spread over all d elements).
+    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if their angles
+    are equal. They start so here (ours; as released, each element starts with its own angle).
 
     Of the pairs, 7/16 turn with x, 7/16 with y, and 1/8 with the scale (Sec. 3.4). Pair i of the k
-    pairs of x has the angle x N^(-2i/k), those of y likewise, and pair i of the k pairs of scale
-    m = 0, 1, ... has (m + 1) pi/2 10^(-i/k): the released formulas, over pairs. x and y are that of
-    a cell's centre, in cells of the finest map, so that a place has similar angles in all maps
-    (ours). CLASS and EMPTY, the last rows, have angle 0.
+    pairs of x has the angle x N^(-2i/k), those of y likewise; on map m = 0, 1, ... pair i of the k
+    pairs of the scale has ((m + 1) pi/2) 10^(-i/k): the released formulas, over pairs. x and y are
+    those of a cell's centre, in cells of the finest map, so that a place has similar angles in all
+    maps (ours). CLASS and EMPTY, the last rows, have angle 0.
     """
     N, pairs = sizes[-1], head_width // 2
     scale_pairs = max(1, pairs // 8)
@@ -435,11 +435,11 @@ class Checkerboard(nn.Module):
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query is rotated by the position of the cell that it predicts. So is a key. In the mixing
-        layers (Sec. 3.4), a key is rotated by alpha * rope(b_i) + (1 - alpha) * rope(b_{i-1}), as
-        its token carries the code of b_{i-1}: there a query can look for a code at that code's own
-        place. Each head has its alpha. The sum is not normalised again, as released. In the first
-        block of a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
+        A query is rotated by the position of the cell that it predicts, as it asks for that cell.
+        So is a key, but in the mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) *
+        rope(b_{i-1}), as it offers the code of b_{i-1}: a query can look for that code at the
+        code's place. Each head has its alpha. The sum is not normalised again, as released. In the
+        first block of a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -494,7 +494,7 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z (None: z), a tenth of whose codes are
+        order of layout.cell[1:]. z_up is made of noisy_z (None: z), a tenth of whose vectors are
         random for models S and L (as released): so coarser maps are not trusted blindly."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
@@ -529,7 +529,7 @@ def for_sampling(model, dtype):
 def draw(logits, temperature, generator=None):
     """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
     the log of exponential noise is Gumbel noise. torch.multinomial draws from the same distribution
-    (Sec. 3.1), but makes a GPU wait. Temperature 0 is argmax."""
+    (Sec. 3.1), but checks its input, so the CPU waits for the GPU. Temperature 0 is argmax."""
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
     return (logits - temperature * noise.log()).argmax(-1)
@@ -541,8 +541,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
     codebook: tokenizer.codebook(). The first cfg_start steps are not guided, so that what they
     settle, colours and composition, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with
-    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no more steps, the second half is
-    guided (ours). choose(guided logits (B, T, V), cells (T,)), if given, replaces `draw`.
+    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no steps after these, the second half
+    is guided (ours). choose(guided logits (B, T, V), cells (T,)), if given, replaces `draw`.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
     already drawn, its RoPE depends on cells alone, and its AdaLN on the class.
