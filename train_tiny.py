@@ -5,9 +5,10 @@
     torchrun --nproc-per-node=8 train_tiny.py ...    several GPUs
 
 Three stages. Each writes a file into the run's folder, whole or not at all. So the same command
-continues a run that was stopped:
+continues a run that was stopped, by the recipe that it began with. If you change this file, start a
+new run, with another --out.
 
-    tokenizer.pt     the VQ tokenizer, trained on the images or given
+    tokenizer.pt     the VQ tokenizer, trained on the images, in one go, or given
     codes-*.u16      the codes of the training images; * is a checksum of tokenizer.pt
     checkpoint.pt    the transformer, at most once a minute; ckgen.py draws images from it
 
@@ -55,9 +56,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 #
 # Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec. 4.1; warm-up and
 # S's first drop as released). Without a VQGAN they train for `iters` steps, and warm-up and drops
-# keep their share of the run. Ours, beside what the README's table names: pillow crops the images,
-# one in twenty is held out, batches are drawn with replacement, the first learning rate is not 0,
-# and a refit codebook follows moving averages.
+# keep their share of the run. Ours, beside what the README's last table names: pillow crops the
+# images, one in twenty is held out, batches are drawn with replacement, the first learning rate is
+# not 0, and a refit codebook follows moving averages.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -70,8 +71,8 @@ VALUES = {  #          tiny, S, L
     "tokenizer_batch": (16, 32, 32),
     "iters":           (1150, 6000, 12000),
     "batch_size":      (16, 128, 64),
-    "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's
-    "muon":            (5.0, 0.0, 0.0),      # Muon's, times AdamW's (ours: learns faster); 0: none
+    "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's, of the transformer
+    "muon":            (5.0, 0.0, 0.0),      # Muon's lr / AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
     "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in the steps of one
     "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
@@ -79,7 +80,7 @@ VALUES = {  #          tiny, S, L
 }
 RECIPES = {name: dict(zip(VALUES, values))
            for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
-# What tiny changes for pictures; tokenizer_iters grow like iters, to 4695. S and L are untried.
+# What tiny changes for pictures; tokenizer_iters grow too, to 4695. S and L, untried, change nothing.
 PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
@@ -151,7 +152,7 @@ def train_transformer(run, images, tokenizer, codes):
         for optimizer in optimizers:
             optimizer.step()
 
-        # Log. The loss on held-out images is that of true classes and codes, with the P to draw by.
+        # Log. Held-out images keep their classes and codes, and P is that of run.defaults.
         if (step + 1) % every and step + 1 < run.iters:
             continue
         means = (losses / (step % every + 1)).tolist()
@@ -229,8 +230,8 @@ def resume(path, model, optimizers, tokenizer):
 
 def draw_batch(run, images, codes, V, step):
     """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
-    labels (B,); codes (B, L) to make z_up of; and P. codes are those of all images and views. Of
-    several processes, each gets its share of the B images."""
+    labels (B,); codes (B, L) to make z_up of; and P. The argument holds those of all images and
+    views. Of several processes, each gets its share of the B images."""
     g, B = seeded(run, 2, step), images_of_step(run, step)
     numbers = torch.randint(len(codes), (B,), generator=g)
     views = torch.randint(codes.shape[1], (B,), generator=g)
@@ -241,8 +242,8 @@ def draw_batch(run, images, codes, V, step):
     replaced = torch.rand(x.shape, generator=g) < run.replace_codes
     noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
 
-    # One P for the batch, so that any P works for sampling (Sec. 3.1). Ours: half of them are 1, 2,
-    # 4 ... N, the others log-uniform in 1 ... N * N, one step for each cell.
+    # P is random, so that any P works in sampling (Sec. 3.1). Ours: one P for a batch, at even odds
+    # a power of 2 up to N, or log-uniform in 1 ... N * N, which is one step for each cell.
     N = run.sizes[-1]
     u, v = torch.rand(2, generator=g).tolist()
     P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
@@ -251,9 +252,9 @@ def draw_batch(run, images, codes, V, step):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024): momentum, then each matrix moves by the orthogonal matrix nearest to
-    that, by five Newton-Schulz iterations, in float32: on a CPU without AVX-512, torch.optim.Muon's
-    bfloat16 takes 25 times as long."""
+    """Muon (Jordan 2024): momentum, then each matrix moves by about the orthogonal matrix nearest
+    to that, by five Newton-Schulz iterations with his coefficients; in float32, as on a CPU without
+    AVX-512 torch.optim.Muon's bfloat16 takes 25 times as long."""
 
     def __init__(self, matrices):
         super().__init__(matrices, {"lr": 0.0})
@@ -279,9 +280,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, run):
     """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
-    the matrices of attention, feed-forward and Eq. 1: not on tables, the head or AdaLN."""
+    the matrices of attention, feed-forward and Eq. 1, undecayed: not on tables, head or AdaLN."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
-    decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # times: of the learning rate
+    decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # lr = times * run.lr * lr_factor
     vectors = decayed | {"params": [], "weight_decay": 0.0}
     muon = {"params": [], "times": run.muon}
     for name, p in model.named_parameters():
@@ -321,7 +322,7 @@ def start_from(model, tokenizer, path):
 
 def images_that_fit(run, model):
     """How many images a forward and backward takes at once: a batch, or as many as a CUDA card
-    holds; cards of equal memory. A token takes so many bytes (counted), a weight 16 in all."""
+    holds (all cards alike). A token takes so many bytes (counted), a weight 16 in all."""
     batch, config = run.batch_size // WORLD, model.config
     if run.device.type != "cuda":
         return batch
@@ -340,8 +341,8 @@ def held_out_loss(model, codebook, codes, labels, layout):
 
 
 def draw_pictures(run, model, tokenizer):
-    """samples.png: a row of eight for each class, or for 16 at most. progress.gif (Fig. 1): its
-    first eight pictures after every step. pyramid.png: each map of these by itself (Sec. 3.3)."""
+    """samples.png: a row of eight for each class, or for 16 at most. progress.gif (Fig. 1): the
+    first eight drawn, after every step. pyramid.png: each map of these by itself (Sec. 3.3)."""
     every = math.ceil(len(run.classes) / 16)
     labels = torch.arange(0, len(run.classes), every, device=run.device).repeat(8)
     options = dict(run.defaults)
@@ -360,10 +361,10 @@ def draw_pictures(run, model, tokenizer):
         ckgen.save_gif(frames, file)
 
 
-# 3. The tokenizer's training (Sec. 3.3), and the codes of all images ------------------------------
+# 3. The tokenizer's training (ours, Sec. 4.1), and the codes of all images ------------------------
 
 def start_tokenizer(run):
-    """The run's tokenizer, or where its training starts: the given one, or random weights."""
+    """The tokenizer before training: the run's own, the given one, or one of random weights."""
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
     torch.manual_seed(run.seed)
@@ -390,11 +391,11 @@ def make_tokenizer(run, images, tokenizer):
 
 
 def train_tokenizer(run, images, tokenizer):
-    """Train on squared errors, at full size and at a random scale, as every scale is encoded by
-    itself. It begins as a plain autoencoder; once latents are good, the codebook follows them."""
+    """Ours; the paper takes LlamaGen's. Squared errors at full size and at a random scale, as each
+    is encoded by itself. First a plain autoencoder; once latents are good, codes follow them."""
     iters = run.tokenizer_iters
     plain = iters * 15 // 100  # so many steps without a codebook
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0)
     bar = tqdm(range(iters), "tokenizer", unit="step")
     for step in bar:
         g = seeded(run, 1, step)
@@ -403,8 +404,8 @@ def train_tokenizer(run, images, tokenizer):
         smaller = tokenizer.resize(pictures, n)
         if step == plain:
             start_codebook(tokenizer, tokenizer.encode(pictures), g)
-        # All cells count alike, so that large maps move the codebook more. If all maps counted
-        # alike, the finest would lose 0.14 dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
+        # All cells count alike, see update_codebook. If all maps did, the finest would lose 0.14
+        # dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
         cells = len(pictures) * run.sizes[-1] ** 2
         loss = 0
         for weight, target in ((1.0, pictures), (0.25, smaller)):
@@ -501,9 +502,9 @@ def encode(tokenizer, pictures, sizes):
 
 class Images:
     """Toy shapes, or the pictures of a folder with one folder per class. Numbers 0 ... train-1 are
-    trained on; the rest is held out. Pictures are read when needed. Small ones are shown whole, as
-    they are and mirrored; of 64 pixels or more, ten crops of a picture that is a little larger
-    (Sec. 4.1). views: those, as numbers for `crop`. Raises ValueError or OSError."""
+    trained on; the rest is held out; all are read when needed. Toy shapes have one view. Pictures
+    have two if size < 64, whole and mirrored; else ten crops of a larger side (Sec. 4.1). views:
+    these, as numbers for `crop`. Raises ValueError or OSError."""
 
     def __init__(self, folder, size):
         self.size, self.damaged, self.paths = size, set(), None
@@ -796,7 +797,7 @@ def train(args):
             torch.distributed.init_process_group(timeout=timedelta(days=7))  # coding takes long
             atexit.register(torch.distributed.destroy_process_group)
         images = open_images(run)
-        if run.iters is None:  # the paper's epochs; 30 are those of footnote 2
+        if run.iters is None:  # the paper's epochs, footnote 2's 30, or, for tiny, one
             epochs = 30 if run.init else run.epochs or 1
             run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
         of_recipe = RECIPES[run.config]["iters"]
