@@ -80,7 +80,7 @@ VALUES = {  #          tiny, S, L
 }
 RECIPES = {name: dict(zip(VALUES, values))
            for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
-# What tiny changes for pictures; tokenizer_iters grow too, to 4695. S and L, untried, change nothing.
+# What tiny changes for pictures; tokenizer_iters grow to 4695. S and L, untried, change nothing.
 PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
 SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
