@@ -968,8 +968,7 @@ def arrange(pictures, names):
 
 
 def class_numbers(wanted, names):
-    """The numbers of classes that are wanted by name or by number. The one after the last is that
-    of `none`. Raises ValueError."""
+    """The numbers of classes of these names or numbers; `none` comes last. Raises ValueError."""
     known = [*names, "none", *map(str, range(len(names) + 1))]
     unknown = set(wanted).difference(known)
     if unknown:
@@ -991,8 +990,9 @@ def sample_to_file(args):
     chosen = class_numbers(wanted, names)[:args.n]
     shown = [[*names, "none"][i] for i in chosen]
     n = args.n or 8 * len(chosen)
-    if kind == ".gif" and n > 250:  # 65,535 pixels a side
-        raise ValueError("--out: a .gif takes 250 images at most")
+    side = max(96, model.config.sizes[-1] * tokenizer.config.stride) + 4  # see picture_grid
+    if kind == ".gif" and n * side > 65535:  # pixels
+        raise ValueError(f"--out: a .gif takes {65535 // side} images at most")
     P = options.pop("steps")  # those of each map
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": args.cfg_start, "seed": args.seed}

@@ -656,6 +656,9 @@ def test_a_fault_of_the_machine_leaves_no_wrong_code(fault, pictures, monkeypatc
     train(f"{command} run")
     codes, whole = (next(Path(run).glob("codes-*.u16")) for run in ("run", "whole"))
     assert codes.read_bytes() == whole.read_bytes()
+    Path("run/checkpoint.pt").unlink()
+    codes.write_bytes(2 * codes.read_bytes())  # as if of more views
+    refused(f"{command} run", codes.name)
 
 
 @parametrize("size, scale, views", [(16, 2, [4, 9]), (64, 4, range(10))])
@@ -797,11 +800,9 @@ def bad_files(finished):
     shutil.copy(finished / "tokenizer.pt", "tokenizer.pt")
     os.mkdir("folder.png")
     one_layer = {name: value for name, value in model.items() if "layers.1." not in name}
-    changes = {"good": {},
-               "evil": {"defaults": Evil()},
+    changes = {"good": {}, "evil": {"defaults": Evil()}, "no-options": {"options": None},
                "nan": {"model": model | {"norm.weight": norm * math.nan}},
-               "small": {"config": config | {"layers": 1}, "model": one_layer},
-               "no-options": {"options": None}}
+               "small": {"config": config | {"layers": 1}, "model": one_layer}}
     for name, change in changes.items():
         os.mkdir(name)
         torch.save(state | change, f"{name}/checkpoint.pt")
@@ -819,7 +820,7 @@ BAD_INPUT = {
     "ckgen good/checkpoint.pt --out no/x.png": "no/x.png",
     "ckgen good/checkpoint.pt --out a.jpg": "a.jpg: not a .png, .gif or .npz file",
     "ckgen good/checkpoint.pt --out folder.png": "folder.png: not a .png, .gif or .npz file",
-    "ckgen good/checkpoint.pt --n 6000 --out a.gif": "a .gif takes 250 images at most",
+    "ckgen good/checkpoint.pt --n 6000 --out a.gif": "a .gif takes 655 images at most",
     "ckgen --class star good/checkpoint.pt --out a.png": "options need a CHECKPOINT",
     "train_tiny --image-size 30": "multiple of 4",
     "train_tiny --data good": "needs a folder of pictures for each class; found 0 pictures in 0",
@@ -948,12 +949,11 @@ def card(monkeypatch):
         for owner, name, stub in (
                 (FakeTensorMode, "avoid_device_init", True),
                 (torch._C, "_cuda_setDevice", card.current.append),
-                (torch.cuda, "_lazy_init", lambda: None),
-                (torch.cuda, "is_available", lambda: True),
+                (torch.cuda, "_lazy_init", lambda: None), (torch, "Generator", fake_generator),
+                (torch.cuda, "is_available", lambda: True), (torch, "load", outside(torch.load)),
                 (torch.cuda, "is_bf16_supported",
                  lambda including_emulation=True: including_emulation or card.native),
                 (torch.cuda, "mem_get_info", lambda device: (0, card.memory)),
-                (torch, "load", outside(torch.load)), (torch, "Generator", fake_generator),
                 (torch, "save", lambda state, file: outside(save)(tree_map(real, state), file)),
                 (torch.Tensor, "backward", lambda loss: None),
                 (torch.nn.Module, "zero_grad", fake_gradients),

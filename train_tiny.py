@@ -475,12 +475,13 @@ def code_images(run, images, tokenizer):
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
     with ckgen.reading(path):
-        return np.fromfile(path, np.uint16).reshape(images.train, len(images.views), -1)
+        return np.fromfile(path, np.uint16).reshape(
+            images.train, len(images.views), Config(run.sizes, 1).length)
 
 
 def append_codes(path, run, images, tokenizer):
     """Write the codes of all images to a file, or those that it lacks, as its length tells."""
-    bytes_of_one = 2 * len(images.views) * sum(n * n for n in run.sizes)
+    bytes_of_one = 2 * len(images.views) * Config(run.sizes, 1).length
     with open(path, "ab") as file:
         first = file.tell() // bytes_of_one
         file.truncate(first * bytes_of_one)

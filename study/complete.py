@@ -71,8 +71,8 @@ def complete_all(args):
     """Complete what the command line asks for. Raises ValueError or OSError."""
     if args.label != "none" and not args.pictures:
         raise ValueError("--class is that of picture files; held-out pictures have their own")
-    if not args.out.lower().endswith(".png"):
-        raise ValueError(f"--out {args.out}: not a .png")
+    if not args.out.lower().endswith(".png") or args.out in args.pictures:
+        raise ValueError(f"--out {args.out}: not a .png, or one of the pictures")
     device, _ = ckgen.find_device(args.device)
     # In float32: in bfloat16 the tokenizer would find other codes than those of the training.
     model, tokenizer, classes, options = ckgen.load(args.checkpoint, device)
