@@ -873,7 +873,7 @@ class Parser(argparse.ArgumentParser):
             print(end="", flush=True)
             return
         except KeyboardInterrupt:
-            self.exit(130, "\nstopped; a training goes on where it saved, by the same command\n")
+            self.exit(130, "\nstopped; a training goes on by the same command from its last file\n")
         except BrokenPipeError:  # who reads our output has seen enough
             sys.stdout = open(os.devnull, "w")
             self.exit(141)

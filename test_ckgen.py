@@ -823,7 +823,7 @@ BAD_INPUT = {
     "ckgen good/checkpoint.pt --n 6000 --out a.gif": "a .gif takes 655 images at most",
     "ckgen --class star good/checkpoint.pt --out a.png": "options need a CHECKPOINT",
     "train_tiny --image-size 30": "multiple of 4",
-    "train_tiny --data good": "needs a folder of pictures for each class; found 0 pictures in 0",
+    "train_tiny --data good": "for each class, or one for all; found 0 pictures in 0 class folders",
     "train_tiny --init small/checkpoint.pt": "not for this program: Error(s) in loading",
     "train_tiny --init good/checkpoint.pt --codes 16": "--codes: a model of --init needs",
     "train_tiny --out no-options": "checkpoint.pt: damaged, or not for this program",

@@ -520,8 +520,8 @@ class Images:
             self.found = (f"{len(names):,} pictures in {len(classes)} class folders, beside "
                           f"{others:,} other files")
             if not names:
-                raise ValueError(f"--data {folder}: needs a folder of pictures for each class; "
-                                 f"found {self.found}")
+                raise ValueError(f"--data {folder}: needs a folder of pictures for each class, "
+                                 f"or one for all; found {self.found}")
             self.paths = [os.path.join(folder, name) for name in names]
             self.labels = torch.from_numpy(labels)
             self.classes = class_names(folder, classes.tolist())
