@@ -36,7 +36,7 @@ each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x
 1 + L long: first comes the class token, which predicts nothing. Guidance, as released, is
 cond + cfg (cond - uncond): 0 is none; where others write uncond + g (cond - uncond), g is 1 + cfg.
 "As released" marks what the author's code and models do where the paper leaves it open or differs,
-"ours" what is chosen here. Most parameters have their names in the released files (w1, ...).
+"ours" what is chosen here. Most parameters are named as in the released files (w1, ...).
 
     python ckgen.py                                                  explain the order and the mask
     python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
@@ -916,7 +916,7 @@ def find_device(name=None):
 
 def explain():
     """Print the scan order (Fig. 3), a small layout and its mask (Fig. 2), and a token (Eq. 1)."""
-    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws those of 1-8, and so on.\n")
+    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws numbers 1-8, and so on.\n")
     order = progressive_checkerboard(8)
     for y in range(8):
         print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))

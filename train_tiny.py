@@ -230,7 +230,7 @@ def resume(path, model, optimizers, tokenizer):
 
 def draw_batch(run, images, codes, V, step):
     """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
-    labels (B,); codes (B, L) to make z_up of; and P. The argument holds those of all images and
+    labels (B,); codes (B, L) to make z_up of; and P. The argument `codes` has all images and
     views. Of several processes, each gets its share of the B images."""
     g, B = seeded(run, 2, step), images_of_step(run, step)
     numbers = torch.randint(len(codes), (B,), generator=g)

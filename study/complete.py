@@ -3,12 +3,11 @@
     python study/complete.py runs/toy-2x/checkpoint.pt --keep left 2x2
     python study/complete.py runs/toy-2x/checkpoint.pt my.png --class star --keep top
 
-draws what is missing of held-out pictures, or of files. The codes of known cells are taken instead
-of drawn. This alone fails for half a picture: the 1x1 map, which decides what the picture shows, is
-drawn before a known cell is seen. So several candidates are drawn side by side, and one is kept,
-with chances in proportion to how probable the model finds the known codes, given all that was drawn
-before them: sampling-importance resampling, exact for many candidates only. If coarse maps are
-kept, one is enough. Of toy shapes it says how often two colours mix.
+draws what is missing of held-out pictures, or of files: known codes are not drawn. This alone fails
+for half a picture, as the 1x1 map, which decides what the picture shows, is drawn before them. So
+several candidates are drawn, and one is kept, with chances in proportion to the probability that
+they give to the known codes: sampling-importance resampling, exact for many candidates only. If
+coarse maps are kept, one is enough. Of toy shapes it says how often two colours mix.
 
 The first row shows the pictures decoded: a tokenizer cannot show what is unlike the pictures that
 it was trained on. A cell is known if all its pixels are. That is exact for the small tokenizer,

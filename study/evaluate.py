@@ -198,7 +198,7 @@ def evaluate(args):
     error = (decoded.float() - real).square().mean().item()
     print(f"tokenizer: PSNR {10 * math.log10(255 ** 2 / error):.1f} dB on {len(real)} held-out "
           f"images, {len(codes.unique())} of {V} codes in use\nheld-out loss in nats a token:")
-    print(" " * 9, "all maps", *(f"{f'{n}x{n}':>8s}" for n in sizes))
+    print(" " * 9, "all maps", *(f"{n}x{n}".rjust(8) for n in sizes))
     for other in sorted({1, 2, 3, 4, 8, 16, P}):
         losses = held_out_loss(model, codebook, codes, labels, Layout(sizes, other, device))
         print(f"  P = {other:<4d}", *(f"{loss:8.3f}" for loss in losses))

@@ -131,6 +131,7 @@ def test_bad_input_gets_one_line(finished, coarse_to_fine, pictures, tmp_path, c
             (complete, f"{plain} x.png --class dog", "--class dog: not among circle, ring"),
             (complete, f"{plain} --out {tmp_path}/a.gif", "a.gif: not a .png"),
             (complete, f"{plain} x.png --out x.png", "x.png: not a .png, or one of the pictures"),
+            (complete, f"{plain} {tmp_path}/x.png", "x.png"),
             (complete, f"{plain} {tmp_path}/half.png", "half.png: damaged"),
             (complete, f"{plain} --class star", "held-out pictures have their own"),
             (coarse, f"train {tmp_path}/none --clusters 4", "none: holds no run of train_tiny.py"),
