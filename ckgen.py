@@ -1,10 +1,17 @@
 """ckgen: checkerboard image generation in one file.
 
 Implements David Eigen, "Progressive Checkerboards for Autoregressive Multiscale Image Generation"
-(arXiv:2602.03811). An image becomes a pyramid of small maps of codes, say 1x1, 2x2, ... NxN. A
-transformer draws the maps from coarse to fine. Each map takes P steps, or as many as it has cells
-if those are fewer. Step i draws the cells of block b_i, each without knowing of the others. So they
-are spread evenly over the map, as near cells depend on each other most.
+(arXiv:2602.03811): scan order, model, training step, sampling.
+
+An image becomes a pyramid of small maps of codes, say 1x1, 2x2, ... NxN. A transformer draws the
+maps from coarse to fine. Each map takes P steps, or one step a cell if it has fewer than P cells.
+Step i draws all cells of block b_i at once, each without knowing the others. Near cells depend on
+each other most, so the cells of a block are spread evenly over the map.
+
+    python ckgen.py                                                  explain the order and the mask
+    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
+
+From paper to code:
 
     Sec. 3.2, Alg. 1, Fig. 3   scan order                     progressive_checkerboard
     Sec. 4.3, Fig. 4b          scales                         scale_sizes
@@ -12,34 +19,42 @@ are spread evenly over the map, as near cells depend on each other most.
     Sec. 3.3                   codes, code vectors, latents   Tokenizer
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3              AdaLN, transformer             Layer, Checkerboard.transform
-    Sec. 3.1, 3.3, Eq. 1       z_up, inputs, loss             upsample, Checkerboard, loss_by_scale
+    Sec. 3.1, 3.3, Eq. 1       z_up, inputs                   upsample, Checkerboard.inputs
+    Sec. 3.1, 4.1              training step, loss            random_draws, training_loss
     Sec. 3.1, 4.1              sampling, guidance             sample
     Fig. 1                     what each step adds            progress_frames
+
+Letters:
+
+    B  images of a batch      V  codes                n  a map, or scale, has n x n cells
+    L  cells of a pyramid     C  code dimension       N  the finest map has N x N cells
+    T  tokens of one pass     D  width                H  attention heads
+    P  steps for each map     d  width of a head, D / H
 
 Data flows one way: image -> pyramid of codes -> tokens in layout order -> logits -> codes -> image.
 
     name      in the paper       shape          what it is
     latents                      (B, C, n, n)   what the encoder gives, of unit length
-    codes                        (B, L)         numbers 0 ... V-1 of the nearest code vectors
+    codes                        (B, L)         for each cell, the number 0 ... V-1 of a code vector
     z         z_s                (B, L, C)      the code vectors of these codes, of unit length
     z_up      z^up_{s-1}         (B, L, C)      z of the next coarser map, enlarged
-    cell      b_s^i              (1+L,)         the cell of b_i that each token predicts
-    before    b_s^{i-1}          (1+L,)         the cell of b_{i-1} that each token reads
+    cell      b_s^i              (1+L,)         the cell that a token predicts
+    before    b_s^{i-1}          (1+L,)         the cell, of the block before, that a token reads
     pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
-    alpha     alpha_{lh}         (H,)           how much of a key's RoPE is that of b_i, in layer l
+    alpha     alpha_{lh}         (H,)           how much of a key's RoPE is that of its own cell
 
-Codes, z and z_up lie in pyramid order, map after map, each row by row, so that a slice is a map.
-Tokens and logits lie in layout order, that of drawing, so that a slice is a block. Indexing with
-layout.cell leads from one to the other: codes[:, layout.cell[1:]] are the codes in layout order.
-B batch, L cells of the pyramid, V codes, C code dimension, D width, H heads, d = D / H, P steps for
-each map, T tokens of one pass; a map, or scale, has n x n cells, the finest N x N. A sequence is
-1 + L long: first comes the class token, which predicts nothing. Guidance, as released, is
-cond + cfg (cond - uncond): 0 is none; where others write uncond + g (cond - uncond), g is 1 + cfg.
-"As released" marks what the author's code and models do where the paper leaves it open or differs,
-"ours" what is chosen here. Most parameters are named as in the released files (w1, ...).
+In pyramid order, the maps follow one another, each row by row: codes, z and z_up have it, and a
+slice of them is a map. In layout order, blocks follow one another as they are drawn: tokens and
+logits have it, and a slice of them is a block. The class token comes first, so a sequence is 1 + L
+long. Reading x[:, layout.cell[1:]] leads from pyramid order to layout order; writing to it,
+x[:, layout.cell[1:]] = y, leads back.
 
-    python ckgen.py                                                  explain the order and the mask
-    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
+Guidance is logits = cond + cfg (cond - uncond), as released: 0 is none. Where others write
+uncond + g (cond - uncond), g is 1 + cfg.
+
+"As released" marks what the author's code and models do where the paper leaves it open or differs:
+github.com/deigen/checkerboardgen, commit f5052bd. "Ours" marks what is chosen here. Most parameters
+have their released names (w1, ...).
 
 SPDX-License-Identifier: MIT
 """
@@ -50,6 +65,7 @@ import fnmatch
 import functools
 import math
 import os
+import pickle
 import sys
 import zipfile
 from collections import OrderedDict
@@ -70,9 +86,11 @@ def progressive_checkerboard(size):
     The order is balanced: after any number of cells, the four quadrants of the grid hold equally
     many of them, to within one, and so do the quadrants of each quadrant, and so on. Any order of
     the four would do for that; this one visits diagonal ones first, so that the first half of the
-    cells is a checkerboard, not stripes. A size that is not a power of two takes the order of the
-    next power of two, without cells outside the grid; then balance is sure only within quadrants
-    that lie wholly inside. Raises ValueError if size < 1. It stands alone, to be copied.
+    cells is a checkerboard, not stripes.
+
+    A size that is not a power of two takes the order of the next power of two, without the cells
+    outside the grid. Then balance is sure only within quadrants that lie wholly inside. Raises
+    ValueError if size < 1. The function stands alone, to be copied.
     """
     if size < 1:
         raise ValueError(f"the size of a grid is 1 or more, not {size}")
@@ -101,68 +119,75 @@ def scale_sizes(grid, ratio):
 
     Ratio 2 takes 17 steps with P = 4, not 5 * 4, as the 1x1 map has one cell and so takes one step.
     """
-    sizes = [grid]  # fractions, rounded at the end
+    sizes = [grid]
     while ratio > 1 and sizes[-1] > 1:
         sizes.append(max(1, sizes[-1] / ratio))
+    # Fractions are rounded at the end, as released. A set, because 1.41 and 1 both become 1.
     return tuple(sorted({round(n) for n in sizes}))
 
 
 # 2. Layout: the token sequence (Sec. 3.1, Fig. 2) -------------------------------------------------
 #
-# A cell is an index 0 ... L-1 into the flattened pyramid: the maps one after the other, coarse to
-# fine, each row by row. EMPTY and CLASS are not cells. As negative indices they pick the last two
-# rows of the RoPE table, which are theirs.
+# A cell is an index 0 ... L-1 into the pyramid. EMPTY and CLASS stand where a cell would. They are
+# negative, so as indices they pick the last two rows of the RoPE table, which are theirs.
 
-EMPTY = -1  # stands in for the previous block in the first block of a scale
-CLASS = -2  # the class token
+EMPTY = -1  # for the block before the first block of a map
+CLASS = -2  # for the class token
 
 
 class Layout:
-    """The sequence of 1 + L tokens for maps of these sizes, each split into P blocks. Training and
-    sampling share it.
+    """The sequence of tokens for maps of these sizes, each split into P blocks.
 
-    Token j of a block reads cell j of the previous block (Eq. 1). If n is a power of two, this lies
-    next to its own cell with P = 2 or 4, one to three away with P = 8; else it may lie far off. A
-    4x4 map alone, with P = 4: step 1 draws cells 0 10 2 8, step 2 draws 5 15 7 13 and reads 0 10 2
-    8. The last block of a scale is read by no token: the next scale learns of it by z_up. If P does
-    not divide n * n, P blocks differ in size by one (ours; as released, P equal ones and a short
-    one). Larger ones come first, so that each token finds a cell to read.
+    Mask, inputs, loss and sampling all read this one table, so training and sampling agree.
 
-    No parameter depends on P. Training draws P at random (Sec. 3.1), so that one model can sample
-    with any P. draw_batch in train_tiny.py has its distribution.
+    Token 0 is the class token, a block by itself. Then come the blocks of the first map, those of
+    the second, and so on. A step draws one block. Token j of block b_i predicts the j-th cell of
+    b_i, and reads the j-th cell of b_{i-1} (Eq. 1; that it is the j-th is as released). For a 4x4
+    map alone and P = 4, step 1 draws cells 0 10 2 8; step 2 draws 5 15 7 13 and reads 0 10 2 8.
+
+    If n is a power of two, the cell that is read is a neighbour for P = 2 or 4, and one to three
+    cells away for P = 8; otherwise it may be far. No token reads the last block of a map: the next
+    map learns of it by z_up.
+
+    If P does not divide n * n, blocks differ in size by one (ours; as released, all are equal but a
+    short last one). Larger blocks come first, so each token finds a cell to read.
     """
 
     def __init__(self, sizes, P, device="cpu"):
         self.sizes = tuple(sizes)
-        self.scales = []  # where each scale lies in the pyramid: [slice, ...]
-        self.steps = []   # [(scale, start, end), ...]: a step draws tokens start ... end-1
-        cell, before, block = [CLASS], [CLASS], [0]
+        self.scales = []  # one slice of the pyramid for each map; no class token in it
+        self.steps = []   # (scale, start, end): this step draws tokens start ... end-1
+        blocks = [torch.tensor([CLASS])]
+        blocks_before = [torch.tensor([CLASS])]
+        start = 1
         for scale, n in enumerate(sizes):
-            first = len(cell) - 1  # the number of cells so far: `cell` holds the class token too
+            first = start - 1  # this map's first cell; the class token is no cell
             self.scales.append(slice(first, first + n * n))
             order = torch.tensor([first + y * n + x for x, y in progressive_checkerboard(n)])
-            previous = [EMPTY] * n * n
-            for b in order.tensor_split(min(P, n * n)):
-                b = b.tolist()
-                self.steps.append((scale, len(cell), len(cell) + len(b)))
-                cell += b
-                before += previous[:len(b)]
-                block += [len(self.steps)] * len(b)
-                previous = b
-        self.cell = torch.tensor(cell, device=device)      # (1+L,) b_i: what a token predicts
-        self.before = torch.tensor(before, device=device)  # (1+L,) b_{i-1}: whose code it reads
-        block = torch.tensor(block, device=device)         # (1+L,) its block; class token: 0
-        # (1+L, 1+L): a row's token sees all earlier blocks, of this scale and of coarser ones, and
-        # its own: inputs hold no code of their own block. The class token is a block by itself.
-        self.mask = block[:, None] >= block
+            before = torch.full((n * n,), EMPTY)
+            for block in order.tensor_split(min(P, n * n)):  # sizes differ by one, larger first
+                self.steps.append((scale, start, start + len(block)))
+                blocks.append(block)
+                blocks_before.append(before[:len(block)])
+                before = block
+                start += len(block)
+        self.cell = torch.cat(blocks).to(device)           # (1+L,) the cell that a token predicts
+        self.before = torch.cat(blocks_before).to(device)  # (1+L,) the cell that it reads
+
+        # mask[q, k] (1+L, 1+L): token q sees token k, if k's block is not later than q's. Tokens of
+        # one block see each other: no input of a block holds a code of that block, so nothing
+        # leaks. All see the class token; it sees itself alone.
+        number = torch.cat([torch.full_like(block, i) for i, block in enumerate(blocks)])
+        number = number.to(device)                         # (1+L,) of its block
+        self.mask = number[:, None] >= number
 
 
 # 3. Tokenizer (Sec. 3.3): images to codes and back ------------------------------------------------
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes of a Tokenizer: small_pair (ours), or LlamaGen's VQGAN if `channels` are given."""
-    codes: int = 256       # V, so many code vectors
+    """Sizes of a Tokenizer: a small one (ours), or LlamaGen's VQGAN if `channels` are given."""
+    codes: int = 256       # V
     code_dim: int = 8      # C
     stride: int = 4        # pixels per cell, in both directions
     width: int = 64        # channels of the encoder's output
@@ -171,18 +196,21 @@ class TokenizerConfig:
 
 
 class Tokenizer(nn.Module):
-    """A vector-quantised autoencoder. Latents and code vectors have unit length, as released. Every
-    scale is encoded by itself from the image, so each decodes to a picture. Images are (B, 3, h, w)
-    in [-1, 1]."""
+    """A vector-quantised autoencoder. Images are (B, 3, h, w) in [-1, 1].
+
+    Latents and code vectors have unit length, as released. Each map is encoded from the image by
+    itself, so each can be decoded to a picture.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        make_pair = vqgan if config.channels else small_pair  # vqgan: Appendix A
-        self.encoder, self.decoder = make_pair(config)
+        make_halves = vqgan_halves if config.channels else small_halves  # Appendix A
+        self.encoder, self.decoder = make_halves(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
-        # A buffer: in train_tiny.py it follows moving averages of latents (ours), not a gradient.
+        # No parameter: training moves each code to the mean of its latents (ours), as in k-means.
+        # That needs no loss of its own and no learning rate.
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -191,12 +219,12 @@ class Tokenizer(nn.Module):
 
     def encode(self, images):
         """Images to latents (B, C, n, n), not yet quantised."""
-        latents = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
-        return F.normalize(latents.float(), dim=1)
+        features = self.encoder(images.to(self.quant_conv.weight.dtype))
+        return F.normalize(self.quant_conv(features).float(), dim=1)
 
     def quantize(self, latents):
-        """Latents (B, C, n, n) to codes (B, n, n). The nearest of unit vectors has the largest dot
-        product."""
+        """Latents (B, C, n, n) to the codes (B, n, n) of the nearest code vectors. Among unit
+        vectors, the nearest has the largest dot product."""
         return torch.einsum("bchw,vc->bhwv", latents, self.codebook()).argmax(-1)
 
     def decode(self, latents):
@@ -243,30 +271,32 @@ class ResidualBlock(nn.Module):
         return self.nin_shortcut(x) + h
 
 
-def small_pair(config):
+def small_halves(config):
     """A small encoder, (B, 3, h, w) to (B, width, n, n), and a decoder back (ours). The encoder
-    sees one cell at a time: equal patches get equal codes. The decoder sees a neighbourhood."""
-    pixels, width = 3 * config.stride ** 2, config.width
+    sees one cell at a time, so equal patches get equal codes. The decoder sees a neighbourhood."""
+    stride, width = config.stride, config.width
+    pixels = 3 * stride ** 2
     blocks = [ResidualBlock(width, width) for _ in range(3)]
-    return (nn.Sequential(nn.PixelUnshuffle(config.stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
-            nn.Sequential(*blocks, nn.Conv2d(width, pixels, 1), nn.PixelShuffle(config.stride)))
+    return (nn.Sequential(nn.PixelUnshuffle(stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
+            nn.Sequential(*blocks, nn.Conv2d(width, pixels, 1), nn.PixelShuffle(stride)))
 
 
 # 4. Transformer (Sec. 3.1, 3.3, 3.4) --------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Checkerboard. The defaults are those of tiny in train_tiny.py (1.3M parameters).
-    S has width 512, 12 layers, 16 heads (58M for ImageNet), L 1024, 20, 16 (368M; paper: 343M)."""
+    """Sizes of a Checkerboard. The defaults are tiny's in train_tiny.py, 1.3M parameters. S has
+    width 512, 12 layers, 16 heads: 58M for ImageNet. L has 1024, 20, 16: 368M as released (the
+    paper says 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
-    codes: int = 256        # V, so many code vectors
+    codes: int = 256        # V
     code_dim: int = 8       # C
     width: int = 128        # D
     layers: int = 4
     heads: int = 4          # H
-    ffn: int = 384          # three times the width, as released
-    mixing_layers: int = 2  # RoPE mixing in the first layers, as released (no gain: Sec. 4.4)
+    ffn: int = 0            # width of the feed-forward layers; 0: three times D, as released
+    mixing_layers: int = 2  # RoPE is mixed in so many first layers (2: as released)
 
     @property
     def length(self):
@@ -275,19 +305,26 @@ class Config:
 
 
 def rope_table(sizes, head_width):
-    """Initial values of the learned RoPE (Sec. 3.4), (L + 2, 2 d).
+    """The learned RoPE's initial values (Sec. 3.4), (L + 2, 2 d): a row for each cell, then one for
+    CLASS and one for EMPTY.
 
-    A row holds d angles, one for each element of a head, stored as cos, sin, cos, sin, ... as
-    released. RoPE turns elements i and i + d/2 as a pair, which is a rotation only if their angles
-    are equal. They start so here (ours; as released, each element starts with its own angle).
+    RoPE rotates elements i and i + d/2 of a head, as a pair, by an angle. The angles of a cell say
+    where it lies, so the product of a query and a key tells how far apart their cells lie. Of the
+    d/2 pairs, 7/8 are for space, half of them for x and half for y, and 1/8 are for the scale.
 
-    Of the pairs, 7/16 turn with x, 7/16 with y, and 1/8 with the scale (Sec. 3.4). Pair i of the k
-    pairs of x has the angle x N^(-2i/k), those of y likewise; on map m = 0, 1, ... pair i of the k
-    pairs of the scale has ((m + 1) pi/2) 10^(-i/k): the released formulas, over pairs. x and y are
-    those of a cell's centre, in cells of the finest map, so that a place has similar angles in all
-    maps (ours). CLASS and EMPTY, the last rows, have angle 0.
+    Pair i of the k pairs for x rotates by x N^(-2i/k). For i = 0 this is x itself: a radian from
+    one cell to the next, which tells neighbours apart. For i = k - 1 it is nearly x / N^2, hardly a
+    rotation at all, which tells the content alone. Pairs for y do the same. Pair i of the k pairs
+    for the scale rotates by ((m + 1) pi/2) 10^(-i/k) on map m = 0, 1, ...: for i = 0, a quarter
+    turn from one map to the next. These angles are as released.
+
+    Two things are ours. x and y are those of the cell's centre, in cells of the finest map, so that
+    a place has nearly the same angles in all maps. And both elements of a pair start with the same
+    angle, so that RoPE starts as a true rotation; as released, each starts with its own. CLASS and
+    EMPTY start with angle 0 (ours).
     """
-    N, pairs = sizes[-1], head_width // 2
+    N = sizes[-1]
+    pairs = head_width // 2
     scale_pairs = max(1, pairs // 8)
     x_pairs = (pairs - scale_pairs + 1) // 2
     y_pairs = pairs - scale_pairs - x_pairs
@@ -303,12 +340,14 @@ def rope_table(sizes, head_width):
         angles = [angles_of(x, x_pairs, N * N), angles_of(y, y_pairs, N * N),
                   angles_of(turn, scale_pairs, 10)]
         rows.append(torch.cat(angles, -1).flatten(0, 1))                 # (n*n, d/2)
-    angles = torch.cat([*rows, torch.zeros(2, pairs)]).repeat(1, 2)      # (L+2, d)
+    angles = torch.cat([*rows, torch.zeros(2, pairs)])                   # (L+2, d/2)
+    angles = torch.cat([angles, angles], 1)                              # (L+2, d): i and i + d/2
+    # A row is stored as cos, sin, cos, sin, ... (as released).
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)      # (L+2, 2d)
 
 
 def rotate(x, rope):
-    """RoPE: turn x (B, H, T, d) by rope (2, T, d) or (2, H, T, d), cosines and sines."""
+    """RoPE: rotate x (B, H, T, d) by rope (2, T, d) or (2, H, T, d), cosines and sines."""
     cos, sin = rope.to(x.dtype)
     x1, x2 = x.chunk(2, -1)
     rotated_half = torch.cat([-x2, x1], -1)
@@ -325,11 +364,12 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x, q_rope, k_rope, mask, cache, start):
-        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T):
-        which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only: the
-        keys and values of these tokens are written into it, and read with those before them."""
+        """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T)
+        says which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only,
+        takes the keys and values of these tokens, and gives those of the tokens before."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, q_rope), rotate(k, k_rope)                         # (B, H, T, d), like v
+        q = rotate(q, q_rope)                                               # (B, H, T, d)
+        k = rotate(k, k_rope)
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, :, start:end] = k
@@ -344,9 +384,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.w1 = nn.Linear(config.width, config.ffn, bias=False)
-        self.w3 = nn.Linear(config.width, config.ffn, bias=False)
-        self.w2 = nn.Linear(config.ffn, config.width, bias=False)
+        hidden = config.ffn or 3 * config.width
+        self.w1 = nn.Linear(config.width, hidden, bias=False)
+        self.w3 = nn.Linear(config.width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -354,8 +395,8 @@ class FeedForward(nn.Module):
 
 class Layer(nn.Module):
     """Attention and feed-forward, each after AdaLN: RMSNorm, then a factor and a shift that depend
-    on the class. As released, RMSNorm keeps a gain of its own, and unlike in DiT no gate scales
-    what is added to x."""
+    on the class. As released, RMSNorm keeps a gain of its own, and no gate scales what is added to
+    x (DiT has one)."""
 
     def __init__(self, config):
         super().__init__()
@@ -384,14 +425,17 @@ class Layer(nn.Module):
 # 5. The model (Sec. 3.1, Fig. 2) ------------------------------------------------------------------
 
 def upsample(z, layout, scale):
-    """z_up of one scale (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
-    bilinearly as released. An average of unit vectors may be shorter than 1, so it is normalised
-    again, as released: it goes through the same MLP as code vectors. The first scale has no
-    coarser map: it gets zeros, as released, of which the MLP makes a learned constant."""
+    """z_up of one map (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged.
+
+    It is enlarged bilinearly, as released. The mean of several unit vectors is shorter than 1, so
+    it is normalised again, as released: then it suits the MLP that code vectors go through. The
+    first map has no coarser one: its z_up is zero, as released.
+    """
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
-    n, coarser = layout.sizes[scale], z[:, layout.scales[scale - 1]]
-    up = F.interpolate(as_map(coarser), (n, n), mode="bilinear", align_corners=False)
+    n = layout.sizes[scale]
+    coarser = as_map(z[:, layout.scales[scale - 1]])
+    up = F.interpolate(coarser, (n, n), mode="bilinear", align_corners=False)
     return F.normalize(up, dim=1).flatten(2).transpose(1, 2)
 
 
@@ -405,11 +449,11 @@ class Checkerboard(nn.Module):
         self.class_embeddings = nn.Embedding(config.classes + 1, D)      # the last row: no class
         self.embed_positions = nn.Embedding(L, D)                        # pos[.] of Eq. 1
         self.empty_token_pos = nn.Parameter(torch.zeros(D))              # pos[b_0]
-        self.empty_token_emb = nn.Parameter(torch.zeros(D))              # for MLP(z[b_0])
+        self.empty_token_emb = nn.Parameter(torch.zeros(D))              # MLP(z[b_0])
         self.embed_codevecs_mlp = nn.Sequential(  # of z and z_up (Sec. 3.3); 64 as released
             nn.Linear(C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, D))
         self.src_latents_proj = nn.Linear(D, D)                          # on z_up only, as released
-        self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj of Eq. 1
+        self.combine_inputs = nn.Linear(4 * D, D)                        # W_proj; bias as released
         self.rope = nn.Parameter(rope_table(config.sizes, D // config.heads))
         self.rope_mix = nn.Parameter(torch.zeros(config.mixing_layers, config.heads))  # alpha'
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -419,7 +463,7 @@ class Checkerboard(nn.Module):
 
     def init_weights(self):
         """Where torch's defaults are not taken. The layers' matrices and lm_head start as released.
-        AdaLN starts as RMSNorm (ours): factors are 1 and shifts 0 for all classes."""
+        AdaLN starts as a plain RMSNorm (ours): for all classes, factors are 1 and shifts 0."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
@@ -435,26 +479,29 @@ class Checkerboard(nn.Module):
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query is rotated by the position of the cell that it predicts, as it asks for that cell.
-        So is a key, but in the mixing layers (Sec. 3.4) by alpha * rope(b_i) + (1 - alpha) *
-        rope(b_{i-1}), as it offers the code of b_{i-1}: a query can look for that code at the
-        code's place. Each head has its alpha. The sum is not normalised again, as released. In the
-        first block of a scale, b_{i-1} is EMPTY; for the class token, both are CLASS.
+        A query asks for the code of the cell that its token predicts, so it is rotated by that
+        cell's angles. A key is rotated by the same, except in the mixing layers (Sec. 3.4). There a
+        key also offers the code of the cell that its token reads, and a query can look for that
+        code at the code's place: the key's rope is alpha rope(b_i) + (1 - alpha) rope(b_{i-1}). It
+        is not normalised again, as released. Each head has its alpha, from 0 to 1, starting at 1/2.
+
+        Mixing gains nothing, says the paper. Its Table 2 has FID 5.46 for two mixing layers, as
+        here, and 5.32 for none; it calls that noise.
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
         table = F.normalize(table, dim=0)
         here = table[:, layout.cell]                                     # (2, 1+L, d)
-        before = table[:, layout.before]
+        there = table[:, layout.before]
         ropes = [(here, here)] * self.config.layers
-        for i, alpha in enumerate(self.rope_mix.sigmoid()):              # alpha (H,), footnote 1
+        for i, alpha in enumerate(self.rope_mix.sigmoid()):              # (H,), footnote 1
             alpha = alpha[:, None, None]
-            ropes[i] = (here, alpha * here[:, None] + (1 - alpha) * before[:, None])
+            ropes[i] = (here, alpha * here[:, None] + (1 - alpha) * there[:, None])
         return ropes
 
     def embed_class(self, labels):
-        """Labels (B,) to the class token (B, 1, D) and the shifts and factors of each layer. Labels
-        are 0 ... classes-1, or `classes` for none: a tenth of them in training (as released)."""
+        """Labels (B,) to the class token (B, 1, D), and the shifts and factors of each layer.
+        Labels are 0 ... classes-1, or `classes` for none."""
         class_token = self.class_embeddings(labels)[:, None]             # (B, 1, D)
         return class_token, [layer.modulation(class_token) for layer in self.layers]
 
@@ -466,14 +513,17 @@ class Checkerboard(nn.Module):
             2  Linear(MLP(z_up[b_i]))   what the coarser map shows there (Linear as released)
             3  pos[b_{i-1}]             where the cell of the previous block lies
             4  MLP(z[b_{i-1}])          its code vector, so that this map's own codes are known
+
+        In the first block of a map, learned constants stand for parts 3 and 4 (Sec. 3.1).
         """
-        cell, before = layout.cell[start:end], layout.before[start:end]
+        cell = layout.cell[start:end]                                    # (T,)
+        before = layout.before[start:end]
         pos = self.embed_positions.weight                                # (L, D)
         pos_here = pos[cell].expand(len(z), -1, -1)                      # (B, T, D)
         up = self.src_latents_proj(self.embed_codevecs_mlp(z_up[:, cell]))
 
-        # In a first block, learned constants stand for parts 3 and 4. There the index EMPTY, -1,
-        # reads the last cell, which torch.where replaces.
+        # In a first block, before is EMPTY, which is -1. Indexing with it reads the last cell;
+        # that does no harm, as torch.where replaces what was read.
         first_block = (before == EMPTY)[:, None]                         # (T, 1)
         pos_before = torch.where(first_block, self.empty_token_pos, pos[before])
         pos_before = pos_before.expand(len(z), -1, -1)                   # (B, T, D)
@@ -486,50 +536,87 @@ class Checkerboard(nn.Module):
         end = start + x.shape[1]
         for i, layer in enumerate(self.layers):
             q_rope, k_rope = ropes[i]
+            q_rope = q_rope[..., start:end, :]
+            k_rope = k_rope[..., start:end, :]
             cache = None if caches is None else caches[i]
-            x = layer(x, modulations[i], q_rope[..., start:end, :], k_rope[..., start:end, :], mask,
-                      cache, start)
+            x = layer(x, modulations[i], q_rope, k_rope, mask, cache, start)
         x = x.to(self.norm.weight.dtype)  # float32 when sampling, see for_sampling
         return self.lm_head(self.norm(x)).float()
 
     def forward(self, z, labels, layout, noisy_z=None):
-        """Training: all tokens in one pass, from the true z (B, L, C) to logits (B, L, V) in the
-        order of layout.cell[1:]. z_up is made of noisy_z (None: z), a tenth of whose vectors are
-        random for models S and L (as released): so coarser maps are not trusted blindly."""
+        """Training: from the true z (B, L, C), all tokens in one pass, to logits (B, L, V) in
+        layout order. z_up is made of noisy_z, if given; see random_draws."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
         tokens = self.inputs(z, z_up, layout, 1, len(layout.cell))
         x = torch.cat([class_token, tokens], 1)                          # (B, 1+L, D)
-        return self.transform(x, modulations, self.ropes(layout), layout.mask)[:, 1:]
+        logits = self.transform(x, modulations, self.ropes(layout), layout.mask)
+        return logits[:, 1:]  # the class token predicts nothing
+
+
+# 6. The training step (Sec. 3.1, 4.1) -------------------------------------------------------------
+#
+# train_tiny.py takes this step again and again, with codes (B, L) and labels (B,) of B images:
+#
+#     labels, noisy, P = random_draws(codes, labels, model.config, 0.1, generator)
+#     losses = training_loss(model, codebook, codes, labels, Layout(sizes, P), noisy)
+#     losses[0].backward()
+#     optimizer.step()
+
+def random_draws(codes, labels, config, replace, generator):
+    """What a training step draws at random: (labels (B,), noisy codes (B, L), P).
+
+    A tenth of the labels becomes `classes`, which means no class: guidance needs a model that can
+    do without (a tenth: as released).
+
+    While sampling, coarser maps hold mistakes. To prepare for them, z_up is made of noisy codes: a
+    share `replace` of them, 0.1 as released, is replaced by random codes. The codes themselves
+    stay true.
+
+    P is random, so that any P works in sampling (Sec. 3.1). Ours: one P for a batch, at even odds a
+    power of 2 up to N, or log-uniform in 1 ... N * N, which is one cell a step.
+    """
+    dropped = torch.rand(len(labels), generator=generator) < 0.1
+    labels = labels.masked_fill(dropped, config.classes)
+
+    replaced = torch.rand(codes.shape, generator=generator) < replace
+    random_codes = torch.randint(config.codes, codes.shape, generator=generator)
+    noisy = torch.where(replaced, random_codes, codes)
+
+    N = config.sizes[-1]
+    u, v = torch.rand(2, generator=generator).tolist()
+    P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
+    return labels, noisy, P
+
+
+def training_loss(model, codebook, codes, labels, layout, noisy):
+    """The losses of loss_by_scale, by one pass over all tokens, which see the true codes (B, L)."""
+    logits = model(codebook[codes], labels, layout, codebook[noisy])     # (B, L, V)
+    return loss_by_scale(logits, codes, layout)
 
 
 def loss_by_scale(logits, codes, layout):
-    """Cross-entropy in nats, (1 + scales,): the flat mean over all tokens, which is minimised
-    (Sec. 3.1), then each scale's mean. All tokens count alike, so the finest map has three quarters
-    of the weight at ratio 2. logits (B, L, V) in layout order, codes (B, L)."""
+    """Cross-entropy in nats, (1 + scales,): first the mean over all tokens, which is minimised
+    (Sec. 3.1), then the mean of each map. All tokens count alike, so at ratio 2 the finest map has
+    three quarters of the weight. logits (B, L, V) in layout order, codes (B, L)."""
     targets = codes[:, layout.cell[1:]]                                  # (B, L) in layout order
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets).mean(0)                             # (L,) in layout order
-    # The tokens of a scale fill the same slice as its cells, in another order.
+    # The tokens of a map fill the same slice as its cells, in another order.
     return torch.stack([losses.mean(), *(losses[at].mean() for at in layout.scales)])
 
 
-# 6. Sampling (Sec. 3.1, 4.1) ----------------------------------------------------------------------
-
-def for_sampling(model, dtype):
-    """The model in this type, but final norm and lm_head in float32: guidance would multiply their
-    rounding errors."""
-    model.to(dtype)
-    model.norm.float()
-    model.lm_head.float()
-    return model
-
+# 7. Sampling (Sec. 3.1, 4.1) ----------------------------------------------------------------------
 
 def draw(logits, temperature, generator=None):
-    """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V), by Gumbel-max: minus
-    the log of exponential noise is Gumbel noise. torch.multinomial draws from the same distribution
-    (Sec. 3.1), but checks its input, so the CPU waits for the GPU. Temperature 0 is argmax."""
+    """Codes (B, T) from softmax(logits / temperature), for logits (B, T, V). Temperature 0 takes
+    the likeliest.
+
+    This is the Gumbel-max trick: minus the log of exponential noise is Gumbel noise. It draws from
+    the same distribution as torch.multinomial (Sec. 3.1). That checks its input, so the CPU would
+    wait for the GPU.
+    """
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
     return (logits - temperature * noise.log()).argmax(-1)
@@ -538,21 +625,28 @@ def draw(logits, temperature, generator=None):
 @torch.no_grad()
 def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.0, generator=None,
            choose=None):
-    """Draw the codes (B, L) of one image for each label (B,), with one forward pass per step.
-    codebook: tokenizer.codebook(). The first cfg_start steps are not guided, so that what they
-    settle, colours and composition, stays diverse: five are the 1x1 and 2x2 maps of ratio 2 with
-    P >= 4 (Sec. 4.1; Sec. 4.3 guides all). If there are no steps after these, the second half
-    is guided (ours). choose(guided logits (B, T, V), cells (T,)), if given, replaces `draw`.
+    """Draw the codes (B, L) of one image for each label (B,), with one forward pass for each step.
+    codebook (V, C): tokenizer.codebook().
+
+    Steps are guided from number cfg_start on, counted from 0. What the first steps settle, colours
+    and composition, stays diverse without guidance (Sec. 4.1). The first five are the 1x1 and 2x2
+    maps of ratio 2 with P >= 4. If there are no steps after them, the second half of all is guided
+    (ours). Sec. 4.3 guides all: cfg_start=0.
+
+    choose(logits (B, T, V), cell (T,), temperature, generator) replaces `draw`, if given. It sees
+    guided logits. The entropies of Sec. 4.5 are measured so, and known codes are kept so: see
+    study/study.py, study/complete.py.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
-    already drawn, its RoPE depends on cells alone, and its AdaLN on the class.
+    already drawn, its RoPE depends on cells alone, and its AdaLN on the class. So each step needs
+    to compute its own tokens only. A RoPE or an AdaLN that depended on the step would break this.
     """
     # Prepare.
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # labels, tokens and caches hold the batch twice: with its classes, and without
         labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-    if cfg_start >= len(layout.steps):  # otherwise none would be guided
+    if cfg_start >= len(layout.steps):  # otherwise no step would be guided
         cfg_start = len(layout.steps) // 2
     class_token, modulations = model.embed_class(labels)
     ropes = model.ropes(layout)
@@ -561,8 +655,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     codes = torch.zeros(B, L, dtype=torch.long, device=labels.device)
     z = codebook.new_zeros(B, L, codebook.shape[1])
     z_up = torch.zeros_like(z)
-    for t, (scale, start, end) in enumerate(layout.steps):  # t counts from 0
-        # Forward. z_up is the same in all steps of a scale; making it again is cheap.
+    for t, (scale, start, end) in enumerate(layout.steps):
+        # Forward. z_up is the same in all steps of a map; making it again is cheap.
         cell = layout.cell[start:end]                                       # (T,)
         z_up[:, layout.scales[scale]] = upsample(z, layout, scale)
         x = model.inputs(z, z_up, layout, start, end)                       # (B, T, D)
@@ -571,7 +665,8 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
         if t == 0:
             # The class token comes along. As in training, it must not see the first block: a mask.
             x = torch.cat([class_token, x], 1)
-            logits = model.transform(x, modulations, ropes, layout.mask[:end, :end], caches)[:, 1:]
+            mask = layout.mask[:end, :end]
+            logits = model.transform(x, modulations, ropes, mask, caches)[:, 1:]
         else:
             # A block sees itself and all that is cached: no mask.
             logits = model.transform(x, modulations, ropes, None, caches, start)
@@ -583,13 +678,16 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
             logits = cond + w * (cond - uncond)
 
         # Draw.
-        drawn = choose(logits, cell) if choose else draw(logits, temperature, generator)
-        codes[:, cell] = drawn                                              # (B, T)
+        if choose:
+            drawn = choose(logits, cell, temperature, generator)            # (B, T)
+        else:
+            drawn = draw(logits, temperature, generator)
+        codes[:, cell] = drawn
         z[:, cell] = codebook[drawn]
     return codes
 
 
-# 7. Pictures (Fig. 1) -----------------------------------------------------------------------------
+# 8. Pictures (Fig. 1) -----------------------------------------------------------------------------
 
 def to_uint8(images):
     """Images (B, 3, h, w) in [-1, 1] to a numpy array (B, h, w, 3) of 0 ... 255."""
@@ -599,15 +697,20 @@ def to_uint8(images):
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
-    """A list of images (B, h, w, 3), uint8: z (B, L, C) after each step (Fig. 1). Undrawn cells are
-    grey; the decoder sees z_up in their place, and nothing of later steps."""
-    side, frames = layout.sizes[-1] * tokenizer.config.stride, []
+    """Images (B, h, w, 3), uint8, of z (B, L, C) after each step (Fig. 1), in a list.
+
+    Cells not yet drawn are painted grey after decoding, as in the paper. In their place the decoder
+    sees z_up (ours), as it needs something there, and a drawn cell looks at its neighbours.
+    """
+    side = layout.sizes[-1] * tokenizer.config.stride
+    frames = []
     for scale, _, end in layout.steps:
-        n, at = layout.sizes[scale], layout.scales[scale]
+        n = layout.sizes[scale]
+        at = layout.scales[scale]
         drawn = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
         drawn[layout.cell[1:end]] = True
-        up = upsample(z, layout, scale)                                     # z_up of this map
-        seen = torch.where(drawn[at, None], z[:, at], up)                   # (B, n*n, C)
+        up = upsample(z, layout, scale)                                     # (B, n*n, C)
+        seen = torch.where(drawn[at, None], z[:, at], up)
         image = torch.cat([tokenizer.decode(part) for part in as_map(seen).split(16)])
         image = F.interpolate(image, (side, side))
         shown = F.interpolate(drawn[at].float().view(1, 1, n, n), (side, side))
@@ -615,7 +718,7 @@ def progress_frames(tokenizer, z, layout):
     return frames
 
 
-# A reader of the paper can stop here. The rest: VQGAN, files, many images, command line.
+# A reader of the paper can stop here. The rest: VQGAN, files, command line, and what machines do.
 
 # Appendix A. LlamaGen's VQGAN [36], the paper's tokenizer, under its released names ---------------
 
@@ -640,8 +743,8 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(y.transpose(1, 2).view_as(x))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, with attention at the coarsest; then it is resampled."""
+class Resolution(nn.Module):
+    """Residual blocks at one resolution, with attention at the coarsest. Then it changes."""
 
     def __init__(self, c_in, c_out, blocks, attention, resample):
         super().__init__()
@@ -659,13 +762,13 @@ class Level(nn.Module):
 
 
 def vqgan_half(c_in, channels, c_out, blocks, resample, is_decoder):
-    """The VQGAN's encoder, or its decoder: its mirror image. channels: of each resolution in turn.
-    Attention is at the coarsest, and in the middle part, which follows or precedes the levels."""
+    """The VQGAN's encoder, or its decoder, which is the mirror image. channels: of each resolution
+    in turn. Attention is at the coarsest, and in the middle part beside it."""
     coarsest = 0 if is_decoder else len(channels) - 1
     levels = []
     for i, c in enumerate(channels):
         change = resample(c) if i < len(channels) - 1 else nn.Identity()
-        levels.append(Level(channels[max(0, i - 1)], c, blocks, i == coarsest, change))
+        levels.append(Resolution(channels[max(0, i - 1)], c, blocks, i == coarsest, change))
     c = channels[coarsest]
     mid = (ResidualBlock(c, c, group_norm), AttentionBlock(c), ResidualBlock(c, c, group_norm))
     parts = [("conv_blocks", nn.Sequential(*levels)), ("mid", nn.Sequential(*mid))]
@@ -677,7 +780,7 @@ def vqgan_half(c_in, channels, c_out, blocks, resample, is_decoder):
         ("conv_out", nn.Conv2d(channels[-1], c_out, 3, padding=1))]))
 
 
-def vqgan(config):
+def vqgan_halves(config):
     """The VQGAN's encoder and decoder. The latter has one more block for each resolution."""
     def halve(c):  # as released: zeros at the right and at the bottom only
         return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2))
@@ -690,43 +793,13 @@ def vqgan(config):
             vqgan_half(width, channels[::-1], 3, blocks + 1, double, is_decoder=True))
 
 
-# Appendix B. Files: dictionaries of tensors and plain values. Reading one runs no code from it. ---
-
-@contextlib.contextmanager
-def write_whole(path):
-    """A file to write, whole or not at all: it has another name until all is written."""
-    part = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-
-
-def lacks_memory(error):
-    """Whether an error, of Python or of torch, says that memory ran out."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever a damaged file raises inside becomes a ValueError of one line that names the file.
-    Faults of the machine, such as lack of memory, stay what they are."""
-    try:
-        yield
-    except Exception as error:
-        if lacks_memory(error) or getattr(error, "errno", None) not in (None, 22):
-            raise  # 22 is what a damaged JPEG 2000 picture raises
-        reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
-        raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
-
+# Appendix B. Files --------------------------------------------------------------------------------
+#
+# A file is a dictionary of tensors and plain values. Reading it runs no code from it.
 
 def read(path):
-    """The dictionary in a file of torch.save. Raises OSError or ValueError, as both `load` do."""
-    with open(path, "rb") as file, reading(path):
+    """The dictionary in a file of torch.save. Raises OSError or ValueError, as `load` does."""
+    with open(path, "rb") as file, file_errors(path):
         if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():  # torch does not look
             raise ValueError("a checksum is wrong")
         file.seek(0)
@@ -744,18 +817,27 @@ def build(kind, config, weights):
     return module.eval()
 
 
+def for_sampling(model, dtype):
+    """The model in this type. The final norm and lm_head stay in float32, as guidance would
+    multiply their rounding errors."""
+    model.to(dtype)
+    model.norm.float()
+    model.lm_head.float()
+    return model
+
+
 def load(path, device="cpu", dtype=torch.float32):
     """(model, tokenizer, class names, defaults) of a checkpoint, ours or the author's. defaults are
     steps (P), cfg and temperature."""
     state = read(path)
     if "lm_head.weight" not in state.get("model", ()):
         raise ValueError(f"{path}: not a checkpoint with a model to draw from; a tokenizer?")
-    with reading(path):
+    with file_errors(path):
         if "options" in state:  # written by train_tiny.py
             config, weights = Config(**state["config"]), state["model"]
             classes, defaults = state["classes"], state["defaults"]
         else:
-            weights = our_names(state["model"], of_tokenizer=False)
+            weights, _ = our_names(state["model"])
             config = released_config(weights)
             classes = [str(number) for number in range(config.classes)]
             defaults = {"steps": 4, "cfg": 1.5, "temperature": 1.0}  # of Table 1
@@ -770,11 +852,11 @@ def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     """The tokenizer in a file: a checkpoint, the author's or LlamaGen's tokenizer. state: what
     `read` gives of it. The codebook stays float32."""
     state = state or read(path)
-    with reading(path):
+    with file_errors(path):
         if "tokenizer_config" in state:
             config, weights = TokenizerConfig(**state["tokenizer_config"]), state["tokenizer"]
         else:
-            weights = our_names(state.get("state_dict", state.get("model", state)), True)
+            _, weights = our_names(state.get("state_dict", state.get("model", state)))
             config = released_tokenizer_config(weights)
         tokenizer = build(Tokenizer, config, weights)
     codebook = tokenizer.codebook_weight.float()
@@ -785,7 +867,7 @@ def load_tokenizer(path, device="cpu", dtype=torch.float32, state=None):
     return tokenizer
 
 
-# Released files (github.com/deigen/checkerboardgen): names become ours, and shapes give the sizes.
+# Released files: names become ours, and shapes give the sizes.
 RENAME = {"autoenc.": "", "llama.": "", "embed_codevecs_mlp.net": "embed_codevecs_mlp",
           "adaLN_modulation.": "", "downsample.conv": "resample.1", "upsample.conv": "resample.1",
           "rotary_emb.mixing_coeffs": "rope_mix",
@@ -794,17 +876,17 @@ RENAME = {"autoenc.": "", "llama.": "", "embed_codevecs_mlp.net": "embed_codevec
           "quantize.embedding.weight": "codebook_weight"}  # LlamaGen's
 
 
-def our_names(tensors, of_tokenizer):
-    """The released tensors of the tokenizer, or those of the transformer, under our names."""
-    named = {}
+def our_names(tensors):
+    """The tensors of a released file under our names: the transformer's, and the tokenizer's."""
+    model, tokenizer = {}, {}
     for key, value in tensors.items():
         for theirs, ours in RENAME.items():
             key = key.replace(theirs, ours)
-        in_tokenizer = key.startswith(("encoder", "decoder", "quant", "post_quant", "codebook"))
-        statistic = key.startswith(("quantize.", "cluster_usage"))  # of training, not needed
-        if in_tokenizer == of_tokenizer and not statistic:
-            named[key] = value
-    return named
+        if key.startswith(("encoder", "decoder", "quant_conv", "post_quant_conv", "codebook")):
+            tokenizer[key] = value
+        elif not key.startswith(("quantize.", "cluster_usage")):  # statistics of training
+            model[key] = value
+    return model, tokenizer
 
 
 def released_config(tensors):
@@ -837,8 +919,8 @@ def released_tokenizer_config(tensors):
 # Appendix C. Many images, and the command line ----------------------------------------------------
 
 def generate(model, tokenizer, labels, layout, seed=0, **options):
-    """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). The
-    cache of model L takes 3.6 GB of a GPU with guidance, in bfloat16 (computed)."""
+    """`sample`, with its options, for any number of labels (n,), 64 at a time: codes (n, L). With
+    guidance in bfloat16, the cache of model L takes 3.6 GB of a GPU (computed)."""
     options["generator"] = torch.Generator(labels.device).manual_seed(seed)
     codebook = tokenizer.codebook()
     parts = tqdm(labels.split(64), "sampling", unit="batch", leave=False)
@@ -846,7 +928,7 @@ def generate(model, tokenizer, labels, layout, seed=0, **options):
 
 
 def decode_scale(tokenizer, codes, layout, scale=-1):
-    """Pictures (B, h, w, 3), uint8, of one scale of the pyramids of codes (B, L)."""
+    """Pictures (B, h, w, 3), uint8, of one map of the pyramids of codes (B, L)."""
     codes = codes[:, layout.scales[scale]]
     side = layout.sizes[scale] * tokenizer.config.stride
     pictures = np.empty((len(codes), side, side, 3), np.uint8)  # all at once: 10 GB for 50,000
@@ -856,89 +938,12 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
     return pictures
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line of printable text."""
-
-    def error(self, message):
-        text = "".join(c if c.isprintable() else "?" for c in message)
-        self.exit(2, f"{self.prog}: error: {text}\n")
-
-    def run(self, work, *args):
-        """work(*args). Bad input ends in one line and exit code 2, Ctrl-C in 130."""
-        sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # so that it can print any path
-        try:
-            work(*args)
-            print(end="", flush=True)
-            return
-        except KeyboardInterrupt:
-            self.exit(130, "\nstopped; a training goes on by the same command from its last file\n")
-        except BrokenPipeError:  # who reads our output has seen enough
-            sys.stdout = open(os.devnull, "w")
-            self.exit(141)
-        except (ValueError, OSError) as error:
-            message = str(error)
-        except (MemoryError, RuntimeError) as error:
-            message = f"not enough memory; take fewer images or a smaller model ({error})"
-            if "inline_container" in str(error):
-                message = "a file was not written: the disk may be full"
-            elif not lacks_memory(error):
-                raise  # a mistake in the program
-        self.error(message)  # here, after progress bars are closed
-
-
-def within(kind, low, high=10 ** 9):
-    """An argparse type: a number of this kind from low to high."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    return number
-
-
-def find_device(name=None):
-    """The torch.device of this name, and the type to compute in: bfloat16 on a GPU that has it.
-    Default: the GPU; of several, under torchrun, that of this process. Raises ValueError."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # such as a torch without CUDA
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type != "cuda":
-        return device, torch.float32
-    torch.cuda.set_device(device)
-    native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, torch.bfloat16 if native else torch.float32
-
-
-def explain():
-    """Print the scan order (Fig. 3), a small layout and its mask (Fig. 2), and a token (Eq. 1)."""
-    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws numbers 1-8, and so on.\n")
-    order = progressive_checkerboard(8)
-    for y in range(8):
-        print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))
-    layout = Layout((1, 2, 4), P=4)
-    print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cell 0 is the 1x1 map,\n"
-          "1-4 are the 2x2 map, 5-20 the 4x4 map, row by row. -1: no block before, in this map.\n")
-    for t, (_, start, end) in enumerate(layout.steps, 1):
-        cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
-        print(f"   step {t}: draws {cells}, reads {before}")
-    print("\nOne token (Eq. 1): the first of step 7 predicts the code of cell 10. Its input is\n"
-          "W_proj of pos[10], z_up[10] (cells 1-4, upsampled), pos[5] and the code of cell 5.\n"
-          "\nMask: a row attends to columns marked ##: the class token, then step after step.\n")
-    for row in layout.mask.tolist():
-        print("  ", "".join("##" if allowed else " ." for allowed in row))
-    print("\nNext: python train_tiny.py --scale 2 --steps 4")
-
-
 def picture_grid(rows, names=()):
     """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
     get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
     size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
-    gap, margin = size + 4, 9 * max(map(len, names), default=0)
+    gap = size + 4
+    margin = 9 * max(map(len, names), default=0)
     grid = Image.new("RGB", (margin + max(map(len, rows)) * gap, len(rows) * gap), "white")
     pen = ImageDraw.Draw(grid)
     for i, row in enumerate(rows):
@@ -950,30 +955,30 @@ def picture_grid(rows, names=()):
     return grid
 
 
+def contact_sheet(pictures, names):
+    """A PIL image of pictures (n, h, w, 3), uint8, of these classes in turn: a row for each class
+    with its name; of a single class, rows of eight; a single picture as it is."""
+    if len(pictures) == 1:
+        return Image.fromarray(pictures[0])
+    if len(names) == 1:
+        return picture_grid(np.split(pictures, range(8, len(pictures), 8)))
+    return picture_grid([pictures[i::len(names)] for i in range(len(names))], names)
+
+
 def save_gif(frames, file):
     """Write PIL images as an endless animation that rests on the last one."""
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[250] * (len(frames) - 1) + [2000])
 
 
-def arrange(pictures, names):
-    """A PIL image of n pictures (n, h, w, 3), uint8, of these classes in turn: a row for each class
-    with its name, rows of eight of a single class, or a single picture as it is."""
-    n, k = len(pictures), len(names)
-    if n == 1:
-        return Image.fromarray(pictures[0])
-    if k == 1:
-        return picture_grid(np.split(pictures, range(8, n, 8)))
-    return picture_grid([pictures[i::k] for i in range(k)], names)
-
-
-def class_numbers(wanted, names):
+def class_numbers(names, classes):
     """The numbers of classes of these names or numbers; `none` comes last. Raises ValueError."""
-    known = [*names, "none", *map(str, range(len(names) + 1))]
-    unknown = set(wanted).difference(known)
+    known = [*classes, "none", *map(str, range(len(classes) + 1))]
+    unknown = set(names).difference(known)
     if unknown:
-        raise ValueError(f"--class {min(unknown)}: not among {', '.join(known[:20])} ...")
-    return [known.index(name) % (len(names) + 1) for name in wanted]
+        some = ", ".join(known[:20]) + (" ..." if len(known) > 20 else "")
+        raise ValueError(f"--class {min(unknown)}: not among {some}")
+    return [known.index(name) % (len(classes) + 1) for name in names]
 
 
 def sample_to_file(args):
@@ -983,34 +988,56 @@ def sample_to_file(args):
         raise ValueError(f"--out {args.out}: not a .png, .gif or .npz file")
     device, dtype = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else dtype
-    model, tokenizer, names, options = load(args.checkpoint, device, dtype)
+    model, tokenizer, classes, options = load(args.checkpoint, device, dtype)
     options |= {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    # Without --class, n classes or 16, evenly chosen: neighbours in ImageNet are alike.
-    wanted = args.classes or names[::math.ceil(len(names) / (args.n or 16))]
-    chosen = class_numbers(wanted, names)[:args.n]
-    shown = [[*names, "none"][i] for i in chosen]
-    n = args.n or 8 * len(chosen)
-    side = max(96, model.config.sizes[-1] * tokenizer.config.stride) + 4  # see picture_grid
-    if kind == ".gif" and n * side > 65535:  # pixels
-        raise ValueError(f"--out: a .gif takes {65535 // side} images at most")
-    P = options.pop("steps")  # those of each map
+    P = options.pop("steps")
     layout = Layout(model.config.sizes, P, device)
     options |= {"cfg_start": args.cfg_start, "seed": args.seed}
 
-    # The classes in turn, n labels in all.
-    labels = torch.tensor(chosen, device=device).repeat(n // len(chosen) + 1)[:n]
+    # Without --class: n classes, or 16, evenly chosen, as neighbours in ImageNet are alike.
+    names = args.classes or classes[::math.ceil(len(classes) / (args.n or 16))]
+    numbers = class_numbers(names, classes)[:args.n]
+    names = [[*classes, "none"][number] for number in numbers]
+    n = args.n or 8 * len(numbers)
+    side = max(96, model.config.sizes[-1] * tokenizer.config.stride) + 4  # see picture_grid
+    if kind == ".gif" and n * side > 65535:  # pixels
+        raise ValueError(f"--out: a .gif takes {65535 // side} images at most")
+    labels = torch.tensor(numbers, device=device).repeat(n // len(numbers) + 1)[:n]  # in turn
+
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)
         if kind == ".gif":
             frames = progress_frames(tokenizer, tokenizer.codebook()[codes], layout)
-            save_gif([arrange(pictures, shown) for pictures in frames], file)
+            save_gif([contact_sheet(pictures, names) for pictures in frames], file)
         else:
             pictures = decode_scale(tokenizer, codes, layout)
             if kind == ".npz":
                 np.savez(file, arr_0=pictures, labels=labels.cpu(), steps=P, **options)
             else:
-                arrange(pictures, shown).save(file, "PNG")
+                contact_sheet(pictures, names).save(file, "PNG")
     print(f"{args.out}: {n} images, {len(layout.steps)} steps each, {options}")
+
+
+def explain():
+    """Print the scan order (Fig. 3), a small layout and its mask (Fig. 2), and a token (Eq. 1)."""
+    print("Scan order of an 8x8 grid (Fig. 3). With P = 8, step 1 draws numbers 1-8, and so on.\n")
+    order = progressive_checkerboard(8)
+    for y in range(8):
+        print("  ", *(f"{order.index((x, y)) + 1:3d}" for x in range(8)))
+    layout = Layout((1, 2, 4), P=4)
+    print("\nTokens of a pyramid with maps 1x1, 2x2, 4x4, P = 4 (Fig. 2). Cells are numbered map\n"
+          "after map, row by row. -1: this map has no block before.\n")
+    for t, (_, start, end) in enumerate(layout.steps, 1):
+        cells, before = layout.cell[start:end].tolist(), layout.before[start:end].tolist()
+        print(f"   step {t}: draws {cells}, reads {before}")
+    token = layout.steps[6][1]
+    cell, before = layout.cell[token], layout.before[token]
+    print("\nOne token (Eq. 1): the first of step 7 predicts the code of "
+          f"cell {cell}. Its input is\nW_proj of pos[{cell}], z_up[{cell}], pos[{before}] and the code of cell {before}.\n"
+          "\nMask: a row attends to columns marked ##: the class token, then step after step.\n")
+    for row in layout.mask.tolist():
+        print("  ", "".join("##" if allowed else " ." for allowed in row))
+    print("\nNext: python train_tiny.py --scale 2 --steps 4")
 
 
 def main(arguments=None):
@@ -1031,7 +1058,8 @@ def main(arguments=None):
         help="steps at the start without guidance; half of all, if there are no more (default: 5)")
     add("--temperature", type=within(float, 0, 100), metavar="T",
         help="divides the logits; 0 takes the likeliest codes")
-    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="same seed, same images")
+    add("--seed", type=within(int, 0, 2 ** 63 - 1), default=0,
+        help="same seed, same images (with the same --n, --device and --dtype)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 on a GPU that has it)")
     add("--out", default="samples.png", help="default: samples.png. A .png is a grid, or the image "
@@ -1044,6 +1072,107 @@ def main(arguments=None):
         parser.error("options need a CHECKPOINT; it must stand before --class")
     else:
         parser.run(explain)
+
+
+# Appendix D. What devices, disks and terminals do -------------------------------------------------
+
+def find_device(name=None):
+    """The torch.device of this name, and the type to compute in: bfloat16 on a GPU that has it.
+    Default: the GPU; of several, under torchrun, that of this process. Raises ValueError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # such as a torch without CUDA
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type != "cuda":
+        return device, torch.float32
+    torch.cuda.set_device(device)
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if native else torch.float32
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """A file to write, whole or not at all: it has another name until all is written."""
+    part = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+# What torch.load, load_state_dict and the code above were seen to raise for damaged files.
+DAMAGED = (EOFError, KeyError, RuntimeError, StopIteration, TypeError, ValueError,
+           pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+@contextlib.contextmanager
+def file_errors(path):
+    """What a damaged file raises inside becomes a ValueError of one line that names the file."""
+    try:
+        yield
+    except DAMAGED as error:
+        if lacks_memory(error):
+            raise
+        raise damaged(path, error) from None
+
+
+def damaged(path, error):
+    """A ValueError of one line that names the file, for what it raised."""
+    reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
+    return ValueError(f"{path}: damaged, or not for this program: {reason}")
+
+
+def lacks_memory(error):
+    """Whether an error, of Python or of torch, says that memory ran out."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line of printable text."""
+    stopped = "stopped"
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def run(self, work, *args):
+        """work(*args). Bad input ends in one line and exit code 2, Ctrl-C in 130."""
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")  # so that it can print any path
+        try:
+            work(*args)
+            print(end="", flush=True)
+            return
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.stopped}\n")
+        except BrokenPipeError:  # who reads our output has seen enough
+            sys.stdout = open(os.devnull, "w")
+            self.exit(141)
+        except (ValueError, OSError) as error:
+            message = str(error)
+        except (MemoryError, RuntimeError) as error:
+            message = f"not enough memory; take fewer images or a smaller model ({error})"
+            if "inline_container" in str(error):  # torch.save
+                message = "a file was not written: the disk may be full"
+            elif not lacks_memory(error):
+                raise  # a mistake in the program
+        self.error(message)  # here, after progress bars are closed
+
+
+def within(kind, low, high=10 ** 9):
+    """An argparse type: a number of this kind from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    return number
 
 
 if __name__ == "__main__":

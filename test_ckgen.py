@@ -137,7 +137,7 @@ def sample_with_entropies(model, codebook, labels, layout, cfg, **options):
     """The likeliest codes (B, L), and the entropies of what they were chosen by (Sec. 4.5)."""
     entropies = torch.zeros(len(labels), model.config.length)
 
-    def choose(logits, cell):
+    def choose(logits, cell, temperature, generator):
         entropies[:, cell] = Categorical(logits=logits).entropy()
         return logits.argmax(-1)
 
@@ -412,7 +412,7 @@ class Few(train_tiny.Images):
 @pytest.fixture(scope="session", autouse=True)
 def miniature():
     """Two configurations at a size that takes a second."""
-    small = dict(width=32, layers=2, heads=2, ffn=48, image_size=16, codes=16, batch_size=4,
+    small = dict(width=32, layers=2, heads=2, image_size=16, codes=16, batch_size=4,
                  tokenizer_iters=12, tokenizer_batch=4, iters=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tiny, "Images", Few)
@@ -878,7 +878,7 @@ def test_closed_or_narrow_pipes(finished):
     words = f"{finished}/checkpoint.pt --n 1 --device cpu --out"
     python = f"{sys.executable} {ckgen.__file__}"
     for line, code in {f"{python} | true": 141, f"{python} >&-": 0,
-                       f"PYTHONIOENCODING=ascii {python} {words} \u00e9.png 2>&-": 0}.items():
+                       f"PYTHONIOENCODING=ascii {python} {words} \u00e9.png 2>&1": 0}.items():
         ran = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
         assert ran.returncode == code and not ran.stderr
     assert os.listdir() == ["\u00e9.png"]

@@ -41,7 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ckgen
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, loss_by_scale
+from ckgen import (Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, random_draws,
+                   training_loss)
 
 try:
     import fcntl
@@ -64,7 +65,6 @@ VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
     "layers":          (4, 12, 20),
     "heads":           (4, 16, 16),          # H
-    "ffn":             (384, 1536, 3072),    # three times the width, as released
     "image_size":      (32, 64, 64),         # pixels; 256 with a VQGAN
     "codes":           (256, 1024, 1024),    # V of a tokenizer that is trained here
     "tokenizer_iters": (1500, 6000, 6000),
@@ -134,17 +134,24 @@ def train_transformer(run, images, tokenizer, codes):
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
-        # Draw codes of images, their labels, the codes to make z_up of, and P.
-        x, y, noisy, P = draw_batch(run, images, codes, len(codebook), step)
+        # Draw a batch, and what varies with it: see random_draws.
+        generator = seeded(run, 2, step)
+        x, y = draw_batch(images, codes, images_of_step(run, step), generator)
+        y, noisy, P = random_draws(x, y, model.config, run.replace_codes, generator)
         layout = layout_of(P)
+
+        # Of several processes, each takes its share.
+        x = x[RANK::WORLD].to(device)                                       # (B, L)
+        y = y[RANK::WORLD].to(device)                                       # (B,)
+        noisy = noisy[RANK::WORLD].to(device)
 
         # Forward and backward, in parts if the memory holds no more at once.
         model.zero_grad()
         for part in torch.arange(len(x), device=device).split(at_once):
             with autocast:
-                logits = parallel(codebook[x[part]], y[part], layout, codebook[noisy[part]])
-                loss = loss_by_scale(logits, x[part], layout) * (len(part) / len(x))
-            loss[0].backward()  # of all tokens; the others are those of each scale
+                loss = training_loss(parallel, codebook, x[part], y[part], layout, noisy[part])
+            loss = loss * (len(part) / len(x))
+            loss[0].backward()  # the mean over all tokens; the others are those of each map
             losses = losses + loss.detach()
 
         # Update.
@@ -178,7 +185,7 @@ def make_model(run, tokenizer):
     """A model for the codes of this tokenizer: that of --init, or one with random weights."""
     torch.manual_seed(run.seed)
     model = Checkerboard(Config(run.sizes, len(run.classes), *tokenizer.codebook().shape, run.width,
-                                run.layers, run.heads, run.ffn))
+                                run.layers, run.heads))
     if run.init and not os.path.exists(f"{run.out}/checkpoint.pt"):
         start_from(model, tokenizer, run.init)
     return model
@@ -219,7 +226,7 @@ def resume(path, model, optimizers, tokenizer):
     """Load model and optimizers from a checkpoint. Returns all that it holds. Raises ValueError if
     it was trained with another tokenizer."""
     state = ckgen.read(path)
-    with ckgen.reading(path):
+    with ckgen.file_errors(path):
         if not torch.equal(state["tokenizer"]["codebook_weight"], tokenizer.codebook_weight.cpu()):
             raise ValueError("tokenizer.pt has another codebook")
         model.load_state_dict(state["model"])
@@ -228,27 +235,13 @@ def resume(path, model, optimizers, tokenizer):
     return state
 
 
-def draw_batch(run, images, codes, V, step):
-    """The random draws of a step: codes (B, L) of images with replacement, a view of each; their
-    labels (B,); codes (B, L) to make z_up of; and P. The argument `codes` has all images and
-    views. Of several processes, each gets its share of the B images."""
-    g, B = seeded(run, 2, step), images_of_step(run, step)
-    numbers = torch.randint(len(codes), (B,), generator=g)
-    views = torch.randint(codes.shape[1], (B,), generator=g)
-    x = torch.from_numpy(codes[numbers.numpy(), views.numpy()].astype(np.int64))         # (B, L)
-
-    # A tenth loses its class, for classifier-free guidance. For z_up some codes are replaced.
-    y = images.labels[numbers].masked_fill(torch.rand(B, generator=g) < 0.1, len(run.classes))
-    replaced = torch.rand(x.shape, generator=g) < run.replace_codes
-    noisy = torch.where(replaced, torch.randint(V, x.shape, generator=g), x)
-
-    # P is random, so that any P works in sampling (Sec. 3.1). Ours: one P for a batch, at even odds
-    # a power of 2 up to N, or log-uniform in 1 ... N * N, which is one step for each cell.
-    N = run.sizes[-1]
-    u, v = torch.rand(2, generator=g).tolist()
-    P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
-    x, y, noisy = (tensor[RANK::WORLD].to(run.device) for tensor in (x, y, noisy))
-    return x, y, noisy, P
+def draw_batch(images, codes, B, generator):
+    """Codes (B, L) of images, drawn with replacement, each in a random view; and their labels (B,).
+    The argument `codes` holds all images and views."""
+    numbers = torch.randint(len(codes), (B,), generator=generator)
+    views = torch.randint(codes.shape[1], (B,), generator=generator)
+    x = codes[numbers.numpy(), views.numpy()].astype(np.int64)
+    return torch.from_numpy(x), images.labels[numbers]
 
 
 class Muon(torch.optim.Optimizer):
@@ -316,7 +309,7 @@ def start_from(model, tokenizer, path):
     for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
         if own[name].shape != source[name].shape:
             source[name] = own[name]
-    with ckgen.reading(path):
+    with ckgen.file_errors(path):
         model.load_state_dict(source)
 
 
@@ -336,7 +329,7 @@ def images_that_fit(run, model):
 def held_out_loss(model, codebook, codes, labels, layout):
     """Mean cross-entropy over images of codes (n, L), as loss_by_scale returns it."""
     parts = zip(codes.split(64), labels.to(codes.device).split(64))
-    total = sum(len(x) * loss_by_scale(model(codebook[x], y, layout), x, layout) for x, y in parts)
+    total = sum(len(x) * training_loss(model, codebook, x, y, layout, x) for x, y in parts)
     return (total / len(codes)).cpu()
 
 
@@ -348,7 +341,7 @@ def draw_pictures(run, model, tokenizer):
     options = dict(run.defaults)
     layout = Layout(run.sizes, options.pop("steps"), run.device)
     codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
-    samples = ckgen.arrange(ckgen.decode_scale(tokenizer, codes, layout), run.classes[::every])
+    samples = ckgen.contact_sheet(ckgen.decode_scale(tokenizer, codes, layout), run.classes[::every])
     first = codes[:8]
     frames = [ckgen.picture_grid([frame]) for frame in
               ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)]
@@ -474,7 +467,7 @@ def code_images(run, images, tokenizer):
         os.replace(f"{path}.tmp", path)
     if WORLD > 1:
         torch.distributed.barrier()  # wait for the first process
-    with ckgen.reading(path):
+    with ckgen.file_errors(path):
         return np.fromfile(path, np.uint16).reshape(
             images.train, len(images.views), Config(run.sizes, 1).length)
 
@@ -545,8 +538,7 @@ class Images:
         for other in self.alike(number):
             path = self.paths[other]
             try:
-                with ckgen.reading(path):
-                    return np.array(read_picture(path, self.side))
+                return np.array(read_picture(path, self.side))
             except ValueError as error:
                 if path not in self.damaged:
                     tqdm.write(f"{error}; another is taken", sys.stderr)
@@ -635,26 +627,38 @@ def as_input(images):
     return images.float() / 127.5 - 1
 
 
+def open_picture(path, side):
+    """A decoded picture, turned as its EXIF says; a large JPEG at a smaller size, but of this side
+    at least. Raises ValueError if it is damaged: then pillow raises nearly anything."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * side, 2 * side))
+            # Some EXIF can't be read, and some can't be written again, which exif_transpose does.
+            with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
+                image.getexif()
+            for key in ("exif", "Raw profile type exif"):
+                image.info.pop(key, None)
+            return ImageOps.exif_transpose(image)
+    except Exception as error:
+        fault = getattr(error, "errno", None)  # of the machine; but 22 is that of a JPEG 2000
+        if ckgen.lacks_memory(error) or fault not in (None, 22):
+            raise
+        raise ckgen.damaged(path, error) from None
+
+
 def read_picture(path, side):
-    """Whatever pillow opens, as an RGB image of this side: turned as its EXIF says, on white where
-    it is transparent, cut to a square. Values of 16 or 32 bits are scaled to 8."""
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded at a smaller size
-        # Some EXIF cannot be read, and some cannot be written again, which exif_transpose does.
-        with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
-            image.getexif()
-        for key in ("exif", "Raw profile type exif"):
-            image.info.pop(key, None)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-            is_16_bit = image.mode.startswith("I") and values.max() < 65536
-            values *= 255 / (65535 if is_16_bit else max(values.max(), 1e-9))
-            image = Image.fromarray(values.astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    """Whatever pillow opens, as an RGB image of this side: cut to a square, on white where it is
+    transparent. Values of 16 or 32 bits are scaled to 8. Raises ValueError or OSError."""
+    image = open_picture(path, side)
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        is_16_bit = image.mode.startswith("I") and values.max() < 65536
+        values *= 255 / (65535 if is_16_bit else max(values.max(), 1e-9))
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
 
 
 def disc(radius, x=0.0):
@@ -714,7 +718,7 @@ def stored_options(folder):
     for path in (f"{folder}/checkpoint.pt", f"{folder}/tokenizer.pt"):
         if os.path.exists(path):
             state = ckgen.read(path)
-            with ckgen.reading(path):
+            with ckgen.file_errors(path):
                 return dict(state["options"])
 
 
@@ -827,6 +831,7 @@ def train(args):
 def main(arguments=None):
     """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.stopped = "stopped; the same command goes on from the last file that was written"
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=SCALES, help="ratio between the sides of maps; 1: one map (default: 2)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each map when drawing "

@@ -29,14 +29,13 @@ from ckgen import Layout
 HALVES = ("left", "bottom", "right", "top")  # each a quarter turn of the one before
 
 
-def sample_around(model, codebook, labels, layout, known, temperature=1.0, generator=None,
-                  **options):
+def sample_around(model, codebook, labels, layout, known, **options):
     """`sample` around known codes (B, L), which are -1 where nothing is known. Returns the codes
     (B, L), and log_p (B,), the sum of the known codes' log-probabilities, guided, at this
     temperature, each given all codes of the steps before."""
     log_p = torch.zeros(len(labels), device=labels.device)
 
-    def choose(logits, cell):
+    def choose(logits, cell, temperature, generator):
         given = known[:, cell]                                              # (B, T)
         log_p.sub_(F.cross_entropy(logits.mT / temperature, given, ignore_index=-1,
                                    reduction="none").sum(1))
@@ -89,8 +88,7 @@ def complete_all(args):
         labels = torch.tensor(ckgen.class_numbers([args.label], classes) * len(args.pictures))
         read = []
         for path in args.pictures:
-            with ckgen.reading(path):
-                read.append(np.array(train_tiny.read_picture(path, size)))
+            read.append(np.array(train_tiny.read_picture(path, size)))
         pictures = torch.from_numpy(np.stack(read)).movedim(-1, 1)
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)

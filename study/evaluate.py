@@ -82,7 +82,7 @@ def judge_of(path, images, tokenizer, iters=None):
             judge = train_judge(images, tokenizer, iters or (3300 if images.paths else 500))
             torch.save({"judge": judge.state_dict(), "belongs": belongs}, file)
     state = ckgen.read(path)
-    with ckgen.reading(path):
+    with ckgen.file_errors(path):
         if state["belongs"] != belongs:
             raise ValueError("the judge of other images or of another tokenizer")
         judge = ckgen.build(make_judge, len(images.classes), state["judge"])

@@ -84,7 +84,7 @@ def bench_config(name, device, dtype, measure):
     grid, tokenizer = (8, TokenizerConfig()) if name == "tiny" else (16, VQGAN)
     run = argparse.Namespace(**train_tiny.RECIPES[name])
     sizes = ckgen.scale_sizes(grid, 2)
-    config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads, run.ffn)
+    config = Config(sizes, 1000, tokenizer.codes, 8, run.width, run.layers, run.heads)
     model, tokenizer = Checkerboard(config).to(device), Tokenizer(tokenizer).to(device, dtype)
     layout, codebook = Layout(sizes, 4, device), tokenizer.codebook().float()
     drawing = ckgen.for_sampling(copy.deepcopy(model), dtype)

@@ -386,9 +386,9 @@ def entropy(study):
         torch.manual_seed(0)
         nats = torch.zeros(study.n, len(layout.cell) - 1, device=study.device)
 
-        def choose(logits, cell, nats=nats):
+        def choose(logits, cell, temperature, generator, nats=nats):
             nats[:, cell] = torch.special.entr(logits.softmax(-1)).sum(-1)  # of -p log p
-            return ckgen.draw(logits, 1)
+            return ckgen.draw(logits, temperature, generator)
 
         codes = ckgen.sample(network, tokenizer.codebook(), labels, layout, choose=choose)
         maps = ckgen.as_map(nats[:, layout.scales[-1], None]).cpu()         # (n, 1, 8, 8)
