@@ -9,7 +9,8 @@ Step i draws all cells of block b_i at once, each without knowing the others. Ne
 each other most, so the cells of a block are spread evenly over the map.
 
     python ckgen.py                                                  explain the order and the mask
-    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images, once trained
+    python train_tiny.py                                             train tokenizer and model
+    python ckgen.py runs/toy-2x/checkpoint.pt --class star --n 16    draw images
 
 From paper to code:
 
@@ -20,13 +21,13 @@ From paper to code:
     Sec. 3.4                   learned RoPE, RoPE mixing      rope_table, rotate, Checkerboard.ropes
     Sec. 3.1, 3.3              AdaLN, transformer             Layer, Checkerboard.transform
     Sec. 3.1, 3.3, Eq. 1       z_up, inputs                   upsample, Checkerboard.inputs
-    Sec. 3.1, 4.1              training step, loss            random_draws, training_loss
+    Sec. 3.1, 4.1              training step, loss            training_draws, training_loss
     Sec. 3.1, 4.1              sampling, guidance             sample
-    Fig. 1                     what each step adds            progress_frames
+    Fig. 1                     the map after each step        progress_frames
 
 Letters:
 
-    B  images of a batch      V  codes                n  a map, or scale, has n x n cells
+    B  images of a batch      V  codes                n  a map (a scale) has n x n cells
     L  cells of a pyramid     C  code dimension       N  the finest map has N x N cells
     T  tokens of one pass     D  width                H  attention heads
     P  steps for each map     d  width of a head, D / H
@@ -49,12 +50,12 @@ logits have it, and a slice of them is a block. The class token comes first, so 
 long. Reading x[:, layout.cell[1:]] leads from pyramid order to layout order; writing to it,
 x[:, layout.cell[1:]] = y, leads back.
 
-Guidance is logits = cond + cfg (cond - uncond), as released: 0 is none. Where others write
-uncond + g (cond - uncond), g is 1 + cfg.
-
 "As released" marks what the author's code and models do where the paper leaves it open or differs:
 github.com/deigen/checkerboardgen, commit f5052bd. "Ours" marks what is chosen here. Most parameters
 have their released names (w1, ...).
+
+Guidance is logits = cond + cfg (cond - uncond), as released. These are logits with the class and
+without; cfg = 0 is none. Where others write uncond + g (cond - uncond), g is 1 + cfg.
 
 SPDX-License-Identifier: MIT
 """
@@ -66,6 +67,7 @@ import functools
 import math
 import os
 import pickle
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -145,9 +147,9 @@ class Layout:
     b_i, and reads the j-th cell of b_{i-1} (Eq. 1; that it is the j-th is as released). For a 4x4
     map alone and P = 4, step 1 draws cells 0 10 2 8; step 2 draws 5 15 7 13 and reads 0 10 2 8.
 
-    If n is a power of two, the cell that is read is a neighbour for P = 2 or 4, and one to three
-    cells away for P = 8; otherwise it may be far. No token reads the last block of a map: the next
-    map learns of it by z_up.
+    If n is a power of two, the cell that is read is a neighbour for P = 2 or 4, if only diagonally,
+    and one to three cells away for P = 8. Other n or P may put it far away. No token reads the last
+    block of a map: the next map learns of it by z_up.
 
     If P does not divide n * n, blocks differ in size by one (ours; as released, all are equal but a
     short last one). Larger blocks come first, so each token finds a cell to read.
@@ -177,9 +179,9 @@ class Layout:
         # mask[q, k] (1+L, 1+L): token q sees token k, if k's block is not later than q's. Tokens of
         # one block see each other: no input of a block holds a code of that block, so nothing
         # leaks. All see the class token; it sees itself alone.
-        number = torch.cat([torch.full_like(block, i) for i, block in enumerate(blocks)])
-        number = number.to(device)                         # (1+L,) of its block
-        self.mask = number[:, None] >= number
+        numbers = [torch.full_like(block, i) for i, block in enumerate(blocks)]
+        block = torch.cat(numbers).to(device)              # (1+L,) the number of its block
+        self.mask = block[:, None] >= block
 
 
 # 3. Tokenizer (Sec. 3.3): images to codes and back ------------------------------------------------
@@ -196,21 +198,19 @@ class TokenizerConfig:
 
 
 class Tokenizer(nn.Module):
-    """A vector-quantised autoencoder. Images are (B, 3, h, w) in [-1, 1].
-
-    Latents and code vectors have unit length, as released. Each map is encoded from the image by
-    itself, so each can be decoded to a picture.
-    """
+    """A vector-quantised autoencoder of images (B, 3, h, w) in [-1, 1]. Latents and code vectors
+    have unit length, as released. Each map is encoded from the image by itself, so each can be
+    decoded to a picture."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        make_halves = vqgan_halves if config.channels else small_halves  # Appendix A
+        make_halves = vqgan_halves if config.channels else small_halves  # both: Appendix A
         self.encoder, self.decoder = make_halves(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
-        # No parameter: training moves each code to the mean of its latents (ours), as in k-means.
-        # That needs no loss of its own and no learning rate.
+        # No parameter: train_tiny.py moves each code vector to the mean of its latents, as k-means
+        # does (ours). So it needs no learning rate. The paper minimises an L2 loss (Sec. 4.1).
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -254,40 +254,13 @@ def as_map(rows):
     return rows.transpose(1, 2).unflatten(2, (n, n))
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, c_in, h, w) to (B, c_out, h, w)."""
-
-    def __init__(self, c_in, c_out, norm=nn.Identity):  # nn.Identity ignores its arguments
-        super().__init__()
-        self.norm1 = norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
-
-
-def small_halves(config):
-    """A small encoder, (B, 3, h, w) to (B, width, n, n), and a decoder back (ours). The encoder
-    sees one cell at a time, so equal patches get equal codes. The decoder sees a neighbourhood."""
-    stride, width = config.stride, config.width
-    pixels = 3 * stride ** 2
-    blocks = [ResidualBlock(width, width) for _ in range(3)]
-    return (nn.Sequential(nn.PixelUnshuffle(stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
-            nn.Sequential(*blocks, nn.Conv2d(width, pixels, 1), nn.PixelShuffle(stride)))
-
-
 # 4. Transformer (Sec. 3.1, 3.3, 3.4) --------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Checkerboard. The defaults are tiny's in train_tiny.py, 1.3M parameters. S has
-    width 512, 12 layers, 16 heads: 58M for ImageNet. L has 1024, 20, 16: 368M as released (the
-    paper says 343M)."""
+    """Sizes of a Checkerboard. The defaults are those of model tiny in train_tiny.py, with 1.3M
+    parameters. Model S has width 512, 12 layers, 16 heads: 58M for ImageNet. Model L has 1024, 20,
+    16: 368M as released (the paper says 343M)."""
     sizes: tuple            # sides of the maps, coarse to fine
     classes: int
     codes: int = 256        # V
@@ -296,7 +269,7 @@ class Config:
     layers: int = 4
     heads: int = 4          # H
     ffn: int = 0            # width of the feed-forward layers; 0: three times D, as released
-    mixing_layers: int = 2  # RoPE is mixed in so many first layers (2: as released)
+    mixing_layers: int = 2  # the first layers, whose keys mix RoPE (2: as released)
 
     @property
     def length(self):
@@ -308,20 +281,20 @@ def rope_table(sizes, head_width):
     """The learned RoPE's initial values (Sec. 3.4), (L + 2, 2 d): a row for each cell, then one for
     CLASS and one for EMPTY.
 
-    RoPE rotates elements i and i + d/2 of a head, as a pair, by an angle. The angles of a cell say
-    where it lies, so the product of a query and a key tells how far apart their cells lie. Of the
-    d/2 pairs, 7/8 are for space, half of them for x and half for y, and 1/8 are for the scale.
+    RoPE rotates elements i and i + d/2 of a head, as a pair, by an angle of the cell. So the
+    product of a query and a key depends on the offset between their cells. Of the d/2 pairs, 7/8
+    are for space, half of them for x and half for y, and 1/8 are for the scale.
 
-    Pair i of the k pairs for x rotates by x N^(-2i/k). For i = 0 this is x itself: a radian from
-    one cell to the next, which tells neighbours apart. For i = k - 1 it is nearly x / N^2, hardly a
-    rotation at all, which tells the content alone. Pairs for y do the same. Pair i of the k pairs
-    for the scale rotates by ((m + 1) pi/2) 10^(-i/k) on map m = 0, 1, ...: for i = 0, a quarter
-    turn from one map to the next. These angles are as released.
+    Pair i of the k pairs for x rotates by x N^(-2i/k). For i = 0 this is x itself: on the finest
+    map, a radian from one cell to the next, which tells neighbours apart. The last pair rotates a
+    hundred times less (N = 16, d = 32), so place hardly matters to it. Pairs for y do the same.
+    Pair i of the k pairs for the scale rotates by ((m + 1) pi/2) 10^(-i/k) on map m = 0, 1, ...:
+    for i = 0, a quarter turn from one map to the next. These formulas are as released.
 
-    Two things are ours. x and y are those of the cell's centre, in cells of the finest map, so that
-    a place has nearly the same angles in all maps. And both elements of a pair start with the same
-    angle, so that RoPE starts as a true rotation; as released, each starts with its own. CLASS and
-    EMPTY start with angle 0 (ours).
+    The rest is ours. x and y are those of the cell's centre, in cells of the finest map, so a place
+    has nearly the same x and y in all maps. Both elements of a pair start with the same angle, so
+    RoPE starts as a true rotation (as released, each element has its own angle). CLASS and EMPTY
+    start with angle 0.
     """
     N = sizes[-1]
     pairs = head_width // 2
@@ -366,7 +339,7 @@ class Attention(nn.Module):
     def forward(self, x, q_rope, k_rope, mask, cache, start):
         """x (B, T, D) to the same. x and the ropes hold tokens start ... start+T-1. mask (T, T)
         says which token sees which; None: all see all. cache (2, B, H, 1+L, d), in sampling only,
-        takes the keys and values of these tokens, and gives those of the tokens before."""
+        stores the keys and values of these tokens, and gives those of tokens 0 ... start+T-1."""
         q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = rotate(q, q_rope)                                               # (B, H, T, d)
         k = rotate(k, k_rope)
@@ -425,12 +398,10 @@ class Layer(nn.Module):
 # 5. The model (Sec. 3.1, Fig. 2) ------------------------------------------------------------------
 
 def upsample(z, layout, scale):
-    """z_up of one map (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged.
-
-    It is enlarged bilinearly, as released. The mean of several unit vectors is shorter than 1, so
-    it is normalised again, as released: then it suits the MLP that code vectors go through. The
-    first map has no coarser one: its z_up is zero, as released.
-    """
+    """z_up of one map (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
+    bilinearly as released. A mean of unit vectors is shorter than 1, unless they are equal. So it
+    is normalised, as released: it goes through the same MLP as code vectors. The first map has no
+    coarser one, so its z_up is zero, as released."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
     n = layout.sizes[scale]
@@ -462,8 +433,8 @@ class Checkerboard(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Where torch's defaults are not taken. The layers' matrices and lm_head start as released.
-        AdaLN starts as a plain RMSNorm (ours): for all classes, factors are 1 and shifts 0."""
+        """Set what differs from torch's defaults. The layers' matrices and lm_head start as
+        released. AdaLN starts as a plain RMSNorm (ours): factors are 1 and shifts 0."""
         for layer in self.layers:
             for p in layer.parameters():
                 if p.ndim == 2:
@@ -479,14 +450,12 @@ class Checkerboard(nn.Module):
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query asks for the code of the cell that its token predicts, so it is rotated by that
-        cell's angles. A key is rotated by the same, except in the mixing layers (Sec. 3.4). There a
-        key also offers the code of the cell that its token reads, and a query can look for that
-        code at the code's place: the key's rope is alpha rope(b_i) + (1 - alpha) rope(b_{i-1}). It
-        is not normalised again, as released. Each head has its alpha, from 0 to 1, starting at 1/2.
-
-        Mixing gains nothing, says the paper. Its Table 2 has FID 5.46 for two mixing layers, as
-        here, and 5.32 for none; it calls that noise.
+        A query is rotated by the cell that its token predicts. So is a key, except in the mixing
+        layers (Sec. 3.4). A key's token also carries the code that it reads, and that code lies in
+        another cell. There the key's rope is a mean of both cells' ropes, so that a query can find
+        the code where it lies: alpha rope(b_i) + (1 - alpha) rope(b_{i-1}), not normalised again,
+        as released. Each head has its alpha, from 0 to 1, starting at 1/2. The paper sees no gain:
+        FID 5.46 with two mixing layers, as here, and 5.32 with none (Table 2).
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -507,7 +476,7 @@ class Checkerboard(nn.Module):
 
     def inputs(self, z, z_up, layout, start, end):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), from z and z_up (B, L, C). Each has
-        four parts, in the released order (the paper's is 2 4 1 3: other columns of W_proj):
+        four parts, in the released order (the paper's, 2 4 1 3, only permutes W_proj's columns):
 
             1  pos[b_i]                 where the cell lies that is predicted
             2  Linear(MLP(z_up[b_i]))   what the coarser map shows there (Linear as released)
@@ -545,7 +514,7 @@ class Checkerboard(nn.Module):
 
     def forward(self, z, labels, layout, noisy_z=None):
         """Training: from the true z (B, L, C), all tokens in one pass, to logits (B, L, V) in
-        layout order. z_up is made of noisy_z, if given; see random_draws."""
+        layout order. z_up is made of noisy_z, if given; see training_draws."""
         source = z if noisy_z is None else noisy_z
         z_up = torch.cat([upsample(source, layout, k) for k in range(len(layout.sizes))], 1)
         class_token, modulations = self.embed_class(labels)
@@ -557,33 +526,31 @@ class Checkerboard(nn.Module):
 
 # 6. The training step (Sec. 3.1, 4.1) -------------------------------------------------------------
 #
-# train_tiny.py takes this step again and again, with codes (B, L) and labels (B,) of B images:
+# train_tiny.py repeats this step. Images are coded once, before. Draws are made on the CPU, so that
+# a seed gives the same ones everywhere; then all goes to the device:
 #
-#     labels, noisy, P = random_draws(codes, labels, model.config, 0.1, generator)
-#     losses = training_loss(model, codebook, codes, labels, Layout(sizes, P), noisy)
+#     codes = tokenizer.encode_pyramid(images, sizes)
+#     labels, noisy, P = training_draws(codes, labels, model.config, 0.1, generator)
+#     losses = training_loss(model, tokenizer.codebook(), codes, labels, Layout(sizes, P), noisy)
+#     optimizer.zero_grad()
 #     losses[0].backward()
 #     optimizer.step()
 
-def random_draws(codes, labels, config, replace, generator):
-    """What a training step draws at random: (labels (B,), noisy codes (B, L), P).
-
-    A tenth of the labels becomes `classes`, which means no class: guidance needs a model that can
-    do without (a tenth: as released).
-
-    While sampling, coarser maps hold mistakes. To prepare for them, z_up is made of noisy codes: a
-    share `replace` of them, 0.1 as released, is replaced by random codes. The codes themselves
-    stay true.
-
-    P is random, so that any P works in sampling (Sec. 3.1). Ours: one P for a batch, at even odds a
-    power of 2 up to N, or log-uniform in 1 ... N * N, which is one cell a step.
-    """
+def training_draws(codes, labels, config, replace, generator):
+    """What a training step draws at random: (labels (B,), noisy codes (B, L), P)."""
+    # A tenth of the images loses its class (as released): guidance also needs logits without one.
     dropped = torch.rand(len(labels), generator=generator) < 0.1
     labels = labels.masked_fill(dropped, config.classes)
 
+    # While sampling, coarser maps hold mistakes. To prepare for them, z_up is made of noisy codes:
+    # a share `replace` of them, 0.1, is random (as released; the paper is silent). All else sees
+    # the true codes.
     replaced = torch.rand(codes.shape, generator=generator) < replace
     random_codes = torch.randint(config.codes, codes.shape, generator=generator)
     noisy = torch.where(replaced, random_codes, codes)
 
+    # P is random, so that any P works in sampling (Sec. 3.1). Ours: one P for a batch. Half of the
+    # time it is a power of 2 up to N, else log-uniform in 1 ... N * N. N * N is one cell a step.
     N = config.sizes[-1]
     u, v = torch.rand(2, generator=generator).tolist()
     P = 2 ** int(v * N.bit_length()) if u < 0.5 else int((N * N + 1) ** v)
@@ -591,7 +558,8 @@ def random_draws(codes, labels, config, replace, generator):
 
 
 def training_loss(model, codebook, codes, labels, layout, noisy):
-    """The losses of loss_by_scale, by one pass over all tokens, which see the true codes (B, L)."""
+    """The losses of loss_by_scale, by one pass over all tokens. Targets and inputs are made of the
+    true codes (B, L), but z_up of the noisy ones (B, L)."""
     logits = model(codebook[codes], labels, layout, codebook[noisy])     # (B, L, V)
     return loss_by_scale(logits, codes, layout)
 
@@ -614,8 +582,8 @@ def draw(logits, temperature, generator=None):
     the likeliest.
 
     This is the Gumbel-max trick: minus the log of exponential noise is Gumbel noise. It draws from
-    the same distribution as torch.multinomial (Sec. 3.1). That checks its input, so the CPU would
-    wait for the GPU.
+    the same distribution as torch.multinomial (Sec. 3.1), whose check of its input would make the
+    CPU wait for the GPU.
     """
     noise = torch.empty_like(logits).exponential_(generator=generator)
     noise = noise.clamp(min=2 ** -25)  # some devices draw zeros, which would win against any logits
@@ -628,20 +596,17 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     """Draw the codes (B, L) of one image for each label (B,), with one forward pass for each step.
     codebook (V, C): tokenizer.codebook().
 
-    Steps are guided from number cfg_start on, counted from 0. What the first steps settle, colours
-    and composition, stays diverse without guidance (Sec. 4.1). The first five are the 1x1 and 2x2
-    maps of ratio 2 with P >= 4. If there are no steps after them, the second half of all is guided
-    (ours). Sec. 4.3 guides all: cfg_start=0.
+    The first cfg_start steps are not guided, so that the global structure that they settle stays
+    diverse (Sec. 4.1; Sec. 4.3 guides all). Five are the 1x1 and 2x2 maps of ratio 2 with P >= 4.
+    If there are no steps after these, the second half of all is guided (ours).
 
-    choose(logits (B, T, V), cell (T,), temperature, generator) replaces `draw`, if given. It sees
-    guided logits. The entropies of Sec. 4.5 are measured so, and known codes are kept so: see
-    study/study.py, study/complete.py.
+    choose(guided logits (B, T, V), cell (T,), temperature, generator), if given, replaces `draw`,
+    for example to measure the entropies of Sec. 4.5, or to keep codes that are known.
 
     Cached keys and values never change: no token sees a later block, its input reads only cells
-    already drawn, its RoPE depends on cells alone, and its AdaLN on the class. So each step needs
-    to compute its own tokens only. A RoPE or an AdaLN that depended on the step would break this.
+    already drawn, its RoPE depends on cells alone, and its AdaLN on the class. A key that depends
+    on a later block or on the number of the step would break this.
     """
-    # Prepare.
     B, L = len(labels), model.config.length
     H, d = model.config.heads, model.config.width // model.config.heads
     if cfg > 0:  # labels, tokens and caches hold the batch twice: with its classes, and without
@@ -697,11 +662,9 @@ def to_uint8(images):
 
 @torch.no_grad()
 def progress_frames(tokenizer, z, layout):
-    """Images (B, h, w, 3), uint8, of z (B, L, C) after each step (Fig. 1), in a list.
-
-    Cells not yet drawn are painted grey after decoding, as in the paper. In their place the decoder
-    sees z_up (ours), as it needs something there, and a drawn cell looks at its neighbours.
-    """
+    """A list of images (B, h, w, 3), uint8: z (B, L, C) after each step (Fig. 1). The decoder sees
+    z_up in cells not drawn yet (ours), and nothing of later steps. After decoding, these cells are
+    painted grey."""
     side = layout.sizes[-1] * tokenizer.config.stride
     frames = []
     for scale, _, end in layout.steps:
@@ -720,7 +683,34 @@ def progress_frames(tokenizer, z, layout):
 
 # A reader of the paper can stop here. The rest: VQGAN, files, command line, and what machines do.
 
-# Appendix A. LlamaGen's VQGAN [36], the paper's tokenizer, under its released names ---------------
+# Appendix A. Encoders and decoders: a small pair, and LlamaGen's VQGAN [36], the paper's --------
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: (B, c_in, h, w) to (B, c_out, h, w)."""
+
+    def __init__(self, c_in, c_out, norm=nn.Identity):  # nn.Identity ignores its arguments
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+def small_halves(config):
+    """A small encoder, (B, 3, h, w) to (B, width, n, n), and a decoder back (ours). The encoder
+    sees one cell at a time, so equal patches get equal codes. The decoder sees a neighbourhood."""
+    stride, width = config.stride, config.width
+    pixels = 3 * stride ** 2
+    blocks = [ResidualBlock(width, width) for _ in range(3)]
+    return (nn.Sequential(nn.PixelUnshuffle(stride), nn.Conv2d(pixels, width, 1), nn.SiLU()),
+            nn.Sequential(*blocks, nn.Conv2d(width, pixels, 1), nn.PixelShuffle(stride)))
+
 
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 
@@ -940,7 +930,7 @@ def decode_scale(tokenizer, codes, layout, scale=-1):
 
 def picture_grid(rows, names=()):
     """A PIL image of rows of pictures, [(k, n, n, 3) uint8, ...], each with its name beside it. All
-    get the size of the last row's, times the factor that makes it 96 pixels or a little less."""
+    get the size of the last row's, and small ones are enlarged to nearly 96 pixels."""
     size = rows[-1].shape[1] * max(1, 96 // rows[-1].shape[1])
     gap = size + 4
     margin = 9 * max(map(len, names), default=0)
@@ -974,10 +964,10 @@ def save_gif(frames, file):
 def class_numbers(names, classes):
     """The numbers of classes of these names or numbers; `none` comes last. Raises ValueError."""
     known = [*classes, "none", *map(str, range(len(classes) + 1))]
-    unknown = set(names).difference(known)
-    if unknown:
-        some = ", ".join(known[:20]) + (" ..." if len(known) > 20 else "")
-        raise ValueError(f"--class {min(unknown)}: not among {some}")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--class {name}: not among {', '.join([*classes[:20], 'none'])}, or "
+                             f"a number up to {len(classes)}")
     return [known.index(name) % (len(classes) + 1) for name in names]
 
 
@@ -1002,7 +992,7 @@ def sample_to_file(args):
     side = max(96, model.config.sizes[-1] * tokenizer.config.stride) + 4  # see picture_grid
     if kind == ".gif" and n * side > 65535:  # pixels
         raise ValueError(f"--out: a .gif takes {65535 // side} images at most")
-    labels = torch.tensor(numbers, device=device).repeat(n // len(numbers) + 1)[:n]  # in turn
+    labels = torch.tensor(numbers, device=device)[torch.arange(n) % len(numbers)]
 
     with write_whole(args.out) as file:
         codes = generate(model, tokenizer, labels, layout, **options)
@@ -1032,8 +1022,8 @@ def explain():
         print(f"   step {t}: draws {cells}, reads {before}")
     token = layout.steps[6][1]
     cell, before = layout.cell[token], layout.before[token]
-    print("\nOne token (Eq. 1): the first of step 7 predicts the code of "
-          f"cell {cell}. Its input is\nW_proj of pos[{cell}], z_up[{cell}], pos[{before}] and the code of cell {before}.\n"
+    print(f"\nOne token (Eq. 1): the first of step 7 predicts the code of cell {cell}. Its input\n"
+          f"is W_proj of pos[{cell}], z_up[{cell}], pos[{before}] and the code of cell {before}.\n"
           "\nMask: a row attends to columns marked ##: the class token, then step after step.\n")
     for row in layout.mask.tolist():
         print("  ", "".join("##" if allowed else " ." for allowed in row))
@@ -1080,10 +1070,10 @@ def find_device(name=None):
     """The torch.device of this name, and the type to compute in: bfloat16 on a GPU that has it.
     Default: the GPU; of several, under torchrun, that of this process. Raises ValueError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":  # torch refuses to set a device without an index
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None:  # torch refuses to set one without index
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # such as a torch without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -1107,9 +1097,9 @@ def write_whole(path):
             os.remove(part)
 
 
-# What torch.load, load_state_dict and the code above were seen to raise for damaged files.
-DAMAGED = (EOFError, KeyError, RuntimeError, StopIteration, TypeError, ValueError,
-           pickle.UnpicklingError, zipfile.BadZipFile)
+# What torch.load and `build` were seen to raise for damaged files, and `next` in released_config.
+DAMAGED = (AssertionError, EOFError, LookupError, RuntimeError, StopIteration, TypeError, ValueError,
+           pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -1158,11 +1148,9 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
-            message = f"not enough memory; take fewer images or a smaller model ({error})"
-            if "inline_container" in str(error):  # torch.save
-                message = "a file was not written: the disk may be full"
-            elif not lacks_memory(error):
+            if not lacks_memory(error):
                 raise  # a mistake in the program
+            message = f"not enough memory; take fewer images or a smaller model ({error})"
         self.error(message)  # here, after progress bars are closed
 
 

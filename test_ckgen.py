@@ -846,6 +846,12 @@ def test_bad_input_gets_one_line_and_writes_nothing(
     assert before == times_of_change()
 
 
+def test_a_mistake_of_ours_is_not_told_as_a_damaged_file(finished, monkeypatch):
+    monkeypatch.setattr(ckgen, "build", Mock(side_effect=AttributeError("a mistake")))
+    with pytest.raises(AttributeError, match="^a mistake$"):
+        load(finished / "checkpoint.pt")
+
+
 # Machines that people have ------------------------------------------------------------------------
 
 @parametrize("error", [38, 37, 95])

@@ -4,16 +4,16 @@
     python train_tiny.py --data DIR                  your pictures, one folder per class
     torchrun --nproc-per-node=8 train_tiny.py ...    several GPUs
 
-Three stages. Each writes a file into the run's folder, whole or not at all. So the same command
-continues a run that was stopped, by the recipe that it began with. If you change this file, start a
-new run, with another --out.
+There are three stages. Each writes a file into the run's folder, whole or not at all:
 
-    tokenizer.pt     the VQ tokenizer, trained on the images, in one go, or given
+    tokenizer.pt     the VQ tokenizer, trained on the images in one go, or given
     codes-*.u16      the codes of the training images; * is a checksum of tokenizer.pt
-    checkpoint.pt    the transformer, at most once a minute; ckgen.py draws images from it
+    checkpoint.pt    the transformer, written once a minute; ckgen.py draws images from it
 
-All random draws of step t come from a generator seeded with (seed, stage, t). So a run that was
-stopped ends with the same weights, bit for bit on a CPU. study/evaluate.py says how good they are.
+The same command goes on with a run that was stopped. All random draws of step t come from a
+generator seeded with (seed, stage, t), so the weights are those of a run that was not stopped, bit
+for bit on a CPU. A run keeps the recipe that it began with: after a change of this file, start a
+new run, with another --out. study/evaluate.py says how good a run is.
 """
 # SPDX-License-Identifier: MIT
 
@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import ckgen
-from ckgen import (Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, random_draws,
+from ckgen import (Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, training_draws,
                    training_loss)
 
 try:
@@ -55,11 +55,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec. 4.1; warm-up and
-# S's first drop as released). Without a VQGAN they train for `iters` steps, and warm-up and drops
-# keep their share of the run. Ours, beside what the README's last table names: pillow crops the
-# images, one in twenty is held out, batches are drawn with replacement, the first learning rate is
-# not 0, and a refit codebook follows moving averages.
+# tiny is ours. Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec.
+# 4.1; warm-up and S's first drop as released). Without a VQGAN, S and L train for `iters` steps,
+# and warm-up and drops keep their share of the run.
+#
+# Ours for all, beside what the README's last table names: pillow crops the images, one in twenty is
+# held out, batches are drawn with replacement, the first learning rate is not 0, and a refit
+# codebook follows moving averages.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -91,8 +93,8 @@ def epochs_after(run, step):
 
 
 def lr_factor(run, step):
-    """The learning rate's factor at a step. tiny: linearly down to zero, with 20 steps of warm-up.
-    S and L: one epoch of warm-up, then constant, with the drops of Sec. 4.1 near the end."""
+    """The learning rate's factor at a step. For tiny it rises for 20 steps and falls linearly to
+    zero. For S and L it rises for an epoch and is constant until the drops of Sec. 4.1."""
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
     epoch = epochs_after(run, step)
@@ -100,7 +102,7 @@ def lr_factor(run, step):
 
 
 def images_of_step(run, step):
-    """How many images a step takes: a batch, or in L's last five epochs five of them (Sec. 4.1)."""
+    """How many images a step takes: a batch, but five batches in L's last epochs (Sec. 4.1)."""
     start, batches = run.last_batches or (math.inf, 1)
     return run.batch_size * (batches if epochs_after(run, step) > start else 1)
 
@@ -134,10 +136,10 @@ def train_transformer(run, images, tokenizer, codes):
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
-        # Draw a batch, and what varies with it: see random_draws.
+        # Draw a batch, and what varies with it: see training_draws.
         generator = seeded(run, 2, step)
         x, y = draw_batch(images, codes, images_of_step(run, step), generator)
-        y, noisy, P = random_draws(x, y, model.config, run.replace_codes, generator)
+        y, noisy, P = training_draws(x, y, model.config, run.replace_codes, generator)
         layout = layout_of(P)
 
         # Of several processes, each takes its share.
@@ -192,8 +194,8 @@ def make_model(run, tokenizer):
 
 
 def held_out_tokens(run, images, tokenizer, every):
-    """What held_out_loss takes, of as many held-out images as take a twentieth of the time (forward
-    is a third of a step), but 32 at least. None if none is held out."""
+    """What held_out_loss takes, or None if no image is held out. It takes as many images as cost a
+    twentieth of the time, as a forward pass is a third of a step; but 32 at least."""
     if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
@@ -245,9 +247,9 @@ def draw_batch(images, codes, B, generator):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024): momentum, then each matrix moves by about the orthogonal matrix nearest
-    to that, by five Newton-Schulz iterations with his coefficients; in float32, as on a CPU without
-    AVX-512 torch.optim.Muon's bfloat16 takes 25 times as long."""
+    """Muon (Jordan 2024): each matrix moves by about the orthogonal matrix nearest to its momentum.
+    Five Newton-Schulz iterations find it, with his coefficients. They are in float32: those of
+    torch.optim.Muon are in bfloat16, which takes 25 times as long on a CPU without AVX-512."""
 
     def __init__(self, matrices):
         super().__init__(matrices, {"lr": 0.0})
@@ -272,8 +274,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, run):
-    """AdamW as in Sec. 4.1, as released with these betas and no decay of vectors. For tiny, Muon on
-    the matrices of attention, feed-forward and Eq. 1, undecayed: not on tables, head or AdaLN."""
+    """AdamW (Sec. 4.1), with these betas and no decay of vectors, as released. For tiny, Muon moves
+    the matrices of attention, feed-forward and Eq. 1, without decay (ours); tables, head and AdaLN
+    stay with AdamW."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
     decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # lr = times * run.lr * lr_factor
     vectors = decayed | {"params": [], "weight_decay": 0.0}
@@ -341,7 +344,8 @@ def draw_pictures(run, model, tokenizer):
     options = dict(run.defaults)
     layout = Layout(run.sizes, options.pop("steps"), run.device)
     codes = ckgen.generate(model, tokenizer, labels, layout, run.seed, **options)
-    samples = ckgen.contact_sheet(ckgen.decode_scale(tokenizer, codes, layout), run.classes[::every])
+    pictures = ckgen.decode_scale(tokenizer, codes, layout)
+    samples = ckgen.contact_sheet(pictures, run.classes[::every])
     first = codes[:8]
     frames = [ckgen.picture_grid([frame]) for frame in
               ckgen.progress_frames(tokenizer, tokenizer.codebook()[first], layout)]
