@@ -39,8 +39,8 @@ Data flows one way: image -> pyramid of codes -> tokens in layout order -> logit
     codes                        (B, L)         for each cell, the number 0 ... V-1 of a code vector
     z         z_s                (B, L, C)      the code vectors of these codes, of unit length
     z_up      z^up_{s-1}         (B, L, C)      z of the next coarser map, enlarged
-    cell      b_s^i              (1+L,)         the cell that a token predicts
-    before    b_s^{i-1}          (1+L,)         the cell, of the block before, that a token reads
+    cell      b_s^i              (1+L,)         layout.cell: the cell that a token predicts
+    before    b_s^{i-1}          (1+L,)         layout.before: the cell of b_{i-1} that it reads
     pos       pos[.]             (L, D)         learned, one for each cell: embed_positions
     alpha     alpha_{lh}         (H,)           how much of a key's RoPE is that of its own cell
 
@@ -160,7 +160,7 @@ class Layout:
         self.scales = []  # one slice of the pyramid for each map; no class token in it
         self.steps = []   # (scale, start, end): this step draws tokens start ... end-1
         blocks = [torch.tensor([CLASS])]
-        blocks_before = [torch.tensor([CLASS])]
+        blocks_before = [torch.tensor([CLASS])]  # used by ropes only
         start = 1
         for scale, n in enumerate(sizes):
             first = start - 1  # this map's first cell; the class token is no cell
@@ -180,8 +180,8 @@ class Layout:
         # one block see each other: no input of a block holds a code of that block, so nothing
         # leaks. All see the class token; it sees itself alone.
         numbers = [torch.full_like(block, i) for i, block in enumerate(blocks)]
-        block = torch.cat(numbers).to(device)              # (1+L,) the number of its block
-        self.mask = block[:, None] >= block
+        number = torch.cat(numbers).to(device)             # (1+L,) of its block
+        self.mask = number[:, None] >= number
 
 
 # 3. Tokenizer (Sec. 3.3): images to codes and back ------------------------------------------------
@@ -209,8 +209,8 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = make_halves(config)
         self.quant_conv = nn.Conv2d(config.width, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.width, 1)
-        # No parameter: train_tiny.py moves each code vector to the mean of its latents, as k-means
-        # does (ours). So it needs no learning rate. The paper minimises an L2 loss (Sec. 4.1).
+        # Not a parameter: train_tiny.py moves each code vector to the mean of its latents, as
+        # k-means does (ours), with no learning rate. The paper minimises an L2 loss (Sec. 4.1).
         self.register_buffer("codebook_weight", torch.randn(config.codes, config.code_dim))
 
     def codebook(self):
@@ -281,9 +281,9 @@ def rope_table(sizes, head_width):
     """The learned RoPE's initial values (Sec. 3.4), (L + 2, 2 d): a row for each cell, then one for
     CLASS and one for EMPTY.
 
-    RoPE rotates elements i and i + d/2 of a head, as a pair, by an angle of the cell. So the
-    product of a query and a key depends on the offset between their cells. Of the d/2 pairs, 7/8
-    are for space, half of them for x and half for y, and 1/8 are for the scale.
+    RoPE rotates elements e and e + d/2 of a head, as a pair, by an angle of the cell. So the
+    product of a query and a key depends on place only by the offset between their cells. Of the
+    d/2 pairs, 7/8 are for space, half of them for x and half for y, and 1/8 are for the scale.
 
     Pair i of the k pairs for x rotates by x N^(-2i/k). For i = 0 this is x itself: on the finest
     map, a radian from one cell to the next, which tells neighbours apart. The last pair rotates a
@@ -292,9 +292,9 @@ def rope_table(sizes, head_width):
     for i = 0, a quarter turn from one map to the next. These formulas are as released.
 
     The rest is ours. x and y are those of the cell's centre, in cells of the finest map, so a place
-    has nearly the same x and y in all maps. Both elements of a pair start with the same angle, so
-    RoPE starts as a true rotation (as released, each element has its own angle). CLASS and EMPTY
-    start with angle 0.
+    has nearly the same x and y in all maps. The table has an angle for each of the d elements. The
+    two of a pair start with the same angle, so RoPE starts as a true rotation; in the author's
+    code they start with different ones. CLASS and EMPTY start with angle 0.
     """
     N = sizes[-1]
     pairs = head_width // 2
@@ -399,7 +399,7 @@ class Layer(nn.Module):
 
 def upsample(z, layout, scale):
     """z_up of one map (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
-    bilinearly as released. A mean of unit vectors is shorter than 1, unless they are equal. So it
+    bilinearly as released. That takes means, and a mean of unit vectors is shorter than 1. So it
     is normalised, as released: it goes through the same MLP as code vectors. The first map has no
     coarser one, so its z_up is zero, as released."""
     if scale == 0:
@@ -450,12 +450,12 @@ class Checkerboard(nn.Module):
     def ropes(self, layout):
         """(q_rope, k_rope) of each layer, (2, 1+L, d) or (2, H, 1+L, d): cosines and sines.
 
-        A query is rotated by the cell that its token predicts. So is a key, except in the mixing
-        layers (Sec. 3.4). A key's token also carries the code that it reads, and that code lies in
-        another cell. There the key's rope is a mean of both cells' ropes, so that a query can find
-        the code where it lies: alpha rope(b_i) + (1 - alpha) rope(b_{i-1}), not normalised again,
-        as released. Each head has its alpha, from 0 to 1, starting at 1/2. The paper sees no gain:
-        FID 5.46 with two mixing layers, as here, and 5.32 with none (Table 2).
+        A query is rotated by the cell that its token predicts, and so is a key after the mixing
+        layers (Sec. 3.4). In these, a key's rope is a weighted mean of the ropes of two cells, the
+        predicted one and the one read: alpha rope(b_i) + (1 - alpha) rope(b_{i-1}), not normalised
+        again, as released. So a query can find the code that the key's token reads, where that code
+        lies. Each head has its alpha, from 0 to 1, starting at 1/2. The paper sees no gain: FID
+        5.46 with two mixing layers, as here and as released, and 5.32 with none (Table 2).
         """
         table = self.rope.unflatten(1, (-1, 2)).movedim(-1, 0)           # (2, L+2, d)
         # Training moves cosines and sines freely: cos^2 + sin^2 is made 1 again, as released.
@@ -478,7 +478,7 @@ class Checkerboard(nn.Module):
         """Eq. 1: the input tokens start ... end-1, (B, T, D), from z and z_up (B, L, C). Each has
         four parts, in the released order (the paper's, 2 4 1 3, only permutes W_proj's columns):
 
-            1  pos[b_i]                 where the cell lies that is predicted
+            1  pos[b_i]                 where the predicted cell lies
             2  Linear(MLP(z_up[b_i]))   what the coarser map shows there (Linear as released)
             3  pos[b_{i-1}]             where the cell of the previous block lies
             4  MLP(z[b_{i-1}])          its code vector, so that this map's own codes are known
@@ -526,14 +526,14 @@ class Checkerboard(nn.Module):
 
 # 6. The training step (Sec. 3.1, 4.1) -------------------------------------------------------------
 #
-# train_tiny.py repeats this step. Images are coded once, before. Draws are made on the CPU, so that
-# a seed gives the same ones everywhere; then all goes to the device:
+# train_tiny.py repeats this step, but codes the images once, before training. It makes the draws on
+# the CPU, so that a seed gives the same ones everywhere, and then moves them to the device.
 #
 #     codes = tokenizer.encode_pyramid(images, sizes)
 #     labels, noisy, P = training_draws(codes, labels, model.config, 0.1, generator)
 #     losses = training_loss(model, tokenizer.codebook(), codes, labels, Layout(sizes, P), noisy)
 #     optimizer.zero_grad()
-#     losses[0].backward()
+#     losses[0].backward()  # the mean over all tokens
 #     optimizer.step()
 
 def training_draws(codes, labels, config, replace, generator):
@@ -597,13 +597,13 @@ def sample(model, codebook, labels, layout, cfg=0.0, cfg_start=5, temperature=1.
     codebook (V, C): tokenizer.codebook().
 
     The first cfg_start steps are not guided, so that the global structure that they settle stays
-    diverse (Sec. 4.1; Sec. 4.3 guides all). Five are the 1x1 and 2x2 maps of ratio 2 with P >= 4.
-    If there are no steps after these, the second half of all is guided (ours).
+    diverse (Sec. 4.1; Sec. 4.3 guides all). Five steps are the 1x1 and 2x2 maps of ratio 2 with
+    P >= 4. If there are no steps after these, the second half of all is guided (ours).
 
-    choose(guided logits (B, T, V), cell (T,), temperature, generator), if given, replaces `draw`,
-    for example to measure the entropies of Sec. 4.5, or to keep codes that are known.
+    choose(guided logits (B, T, V), cell (T,), temperature, generator), if given, draws the codes
+    (B, T) instead of `draw`: to measure the entropies of Sec. 4.5, or to keep codes that are known.
 
-    Cached keys and values never change: no token sees a later block, its input reads only cells
+    Cached keys and values never change: a token sees no later block, its input reads only cells
     already drawn, its RoPE depends on cells alone, and its AdaLN on the class. A key that depends
     on a later block or on the number of the step would break this.
     """
@@ -1098,8 +1098,8 @@ def write_whole(path):
 
 
 # What torch.load and `build` were seen to raise for damaged files, and `next` in released_config.
-DAMAGED = (AssertionError, EOFError, LookupError, RuntimeError, StopIteration, TypeError, ValueError,
-           pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
+DAMAGED = (AssertionError, EOFError, LookupError, RuntimeError, StopIteration, TypeError,
+           ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
