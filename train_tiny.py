@@ -6,7 +6,7 @@
 
 There are three stages. Each writes a file into the run's folder, whole or not at all:
 
-    tokenizer.pt     the VQ tokenizer, trained on the images in one go, or given
+    tokenizer.pt     the VQ tokenizer, given or trained (again from the start, if stopped)
     codes-*.u16      the codes of the training images; * is a checksum of tokenizer.pt
     checkpoint.pt    the transformer, written once a minute; ckgen.py draws images from it
 
@@ -55,13 +55,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
-# tiny is ours. Sizes, batches, learning rates, epochs and drops of S and L are the paper's (Sec.
-# 4.1; warm-up and S's first drop as released). Without a VQGAN, S and L train for `iters` steps,
-# and warm-up and drops keep their share of the run.
-#
-# Ours for all, beside what the README's last table names: pillow crops the images, one in twenty is
-# held out, batches are drawn with replacement, the first learning rate is not 0, and a refit
-# codebook follows moving averages.
+# tiny is ours. Width, layers, heads, batch, lr, epochs and drops of S and L are the paper's (Sec.
+# 4.1; warm-up and S's first drop as released). With a VQGAN, S and L train for these epochs; else
+# for `iters` steps, in which warm-up and drops keep their share. Ours for all, beside what the
+# README's last table names: pillow crops the images, one in twenty is held out, batches are drawn
+# with replacement, and the first learning rate is not 0.
 
 VALUES = {  #          tiny, S, L
     "width":           (128, 512, 1024),     # D
@@ -76,15 +74,15 @@ VALUES = {  #          tiny, S, L
     "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's, of the transformer
     "muon":            (5.0, 0.0, 0.0),      # Muon's lr / AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
-    "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in the steps of one
-    "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # (epoch, factor)
-    "last_batches":    ((), (), (205, 5)),   # after which epoch a step takes how many batches
+    "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in steps of 5 batches
+    "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # epoch, lr / first lr
+    "last_batches":    ((), (), (205, 5)),   # after this epoch, a step takes so many batches
 }
 RECIPES = {name: dict(zip(VALUES, values))
            for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
-# What tiny changes for pictures; tokenizer_iters grow to 4695. S and L, untried, change nothing.
+# What tiny changes for pictures; tokenizer_iters grow with iters. S and L, untried, change nothing.
 PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
-SCALES = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
+RATIOS = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 
 def epochs_after(run, step):
@@ -108,8 +106,8 @@ def images_of_step(run, step):
 
 
 def seeded(run, stage, step):
-    """The generator of all random draws of one step of the tokenizer (stage 1) or of the
-    transformer (stage 2)."""
+    """The generator of all random draws of a step. Stage 1 is the tokenizer's training, 2 the
+    transformer's; coding draws nothing."""
     return torch.Generator().manual_seed(((run.seed * 16 + stage) * 1_000_000_007 + step) % 2 ** 64)
 
 
@@ -131,8 +129,9 @@ def train_transformer(run, images, tokenizer, codes):
     at_once = images_that_fit(run, model)
     autocast = torch.autocast("cuda", run.dtype, enabled=run.dtype == torch.bfloat16)
     every = max(1, min(100, run.iters // 100))  # steps for each row of the log
-    held_out = held_out_tokens(run, images, tokenizer, every)
-    losses, next_save = 0, time.monotonic() + 60
+    held_out = held_out_arguments(run, images, tokenizer, every)
+    total = 0  # of the losses since the last row of the log
+    next_save = time.monotonic() + 60
     bar = tqdm(range(first, run.iters), "transformer", initial=first, total=run.iters, unit="step",
                disable=RANK > 0)
     for step in bar:
@@ -142,30 +141,30 @@ def train_transformer(run, images, tokenizer, codes):
         y, noisy, P = training_draws(x, y, model.config, run.replace_codes, generator)
         layout = layout_of(P)
 
-        # Of several processes, each takes its share.
-        x = x[RANK::WORLD].to(device)                                       # (B, L)
-        y = y[RANK::WORLD].to(device)                                       # (B,)
-        noisy = noisy[RANK::WORLD].to(device)
+        # Of several processes, each takes its share: (B, L), (B,), (B, L).
+        x, y, noisy = (tensor[RANK::WORLD].to(device) for tensor in (x, y, noisy))
 
         # Forward and backward, in parts if the memory holds no more at once.
         model.zero_grad()
         for part in torch.arange(len(x), device=device).split(at_once):
             with autocast:
-                loss = training_loss(parallel, codebook, x[part], y[part], layout, noisy[part])
-            loss = loss * (len(part) / len(x))
-            loss[0].backward()  # the mean over all tokens; the others are those of each map
-            losses = losses + loss.detach()
+                losses = training_loss(parallel, codebook, x[part], y[part], layout, noisy[part])
+            losses = losses * (len(part) / len(x))
+            losses[0].backward()  # the mean over all tokens; the others are those of each map
+            total = total + losses.detach()
 
         # Update.
-        lr = set_learning_rates(run, optimizers, step)
+        lr = run.lr * lr_factor(run, step)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["times"]
             optimizer.step()
 
-        # Log. Held-out images keep their classes and codes, and P is that of run.defaults.
+        # Log. Held-out images keep class and codes, and P is fixed: easier than what is trained.
         if (step + 1) % every and step + 1 < run.iters:
             continue
-        means = (losses / (step % every + 1)).tolist()
-        losses = 0
+        means = (total / (step % every + 1)).tolist()
+        total = 0
         with autocast:
             of_held_out = held_out_loss(model, *held_out)[0].item() if held_out else math.nan
         log.append([step + 1, lr, of_held_out, *means])
@@ -193,9 +192,9 @@ def make_model(run, tokenizer):
     return model
 
 
-def held_out_tokens(run, images, tokenizer, every):
-    """What held_out_loss takes, or None if no image is held out. It takes as many images as cost a
-    twentieth of the time, as a forward pass is a third of a step; but 32 at least."""
+def held_out_arguments(run, images, tokenizer, every):
+    """What held_out_loss takes beside the model, or None if no image is held out. 32 images, or as
+    many as cost a twentieth of the time: a forward pass is a third of a step."""
     if images.train == len(images.labels):
         return None
     pictures, labels = images.held_out(max(32, every * run.batch_size * 3 // 20 // WORLD))
@@ -278,7 +277,7 @@ def make_optimizers(model, run):
     the matrices of attention, feed-forward and Eq. 1, without decay (ours); tables, head and AdaLN
     stay with AdamW."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
-    decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # lr = times * run.lr * lr_factor
+    decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # times: see the loop
     vectors = decayed | {"params": [], "weight_decay": 0.0}
     muon = {"params": [], "times": run.muon}
     for name, p in model.named_parameters():
@@ -292,23 +291,15 @@ def make_optimizers(model, run):
     return optimizers
 
 
-def set_learning_rates(run, optimizers, step):
-    """Set the learning rates of a step. Returns AdamW's, of which Muon's is a multiple."""
-    lr = run.lr * lr_factor(run, step)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["times"]
-    return lr
-
-
 def start_from(model, tokenizer, path):
     """Start from a trained model, also of another scale ratio (footnote 2) or of other classes.
-    Tables of other positions or of another number of classes keep their own start (as released).
-    Raises ValueError if the rest differs."""
+    Tables of another shape keep their own start (as released): those of positions, of RoPE, of
+    classes. Raises ValueError if the rest differs."""
     source, its_tokenizer, *_ = ckgen.load(path)
     if not torch.equal(its_tokenizer.codebook_weight, tokenizer.codebook_weight.cpu()):
         raise ValueError(f"--init {path}: its tokenizer has another codebook")
-    own, source = model.state_dict(), source.state_dict()
+    own = model.state_dict()
+    source = source.state_dict()
     for name in ("class_embeddings.weight", "embed_positions.weight", "rope"):
         if own[name].shape != source[name].shape:
             source[name] = own[name]
@@ -318,7 +309,8 @@ def start_from(model, tokenizer, path):
 
 def images_that_fit(run, model):
     """How many images a forward and backward takes at once: a batch, or as many as a CUDA card
-    holds (all cards alike). A token takes so many bytes (counted), a weight 16 in all."""
+    holds (all cards alike). A token takes about so many bytes, counted in the code. A weight takes
+    16: itself, its gradient, two moments."""
     batch, config = run.batch_size // WORLD, model.config
     if run.device.type != "cuda":
         return batch
@@ -358,10 +350,10 @@ def draw_pictures(run, model, tokenizer):
         ckgen.save_gif(frames, file)
 
 
-# 3. The tokenizer's training (ours, Sec. 4.1), and the codes of all images ------------------------
+# 3. The tokenizer (Sec. 4.1), and the codes of all images -----------------------------------------
 
 def start_tokenizer(run):
-    """The tokenizer before training: the run's own, the given one, or one of random weights."""
+    """The tokenizer to begin with: the run's own, a given one, or one of random weights."""
     path = f"{run.out}/tokenizer.pt"
     given = path if os.path.exists(path) else run.tokenizer or run.init
     torch.manual_seed(run.seed)
@@ -374,7 +366,7 @@ def make_tokenizer(run, images, tokenizer):
     """tokenizer.pt: trained on the images; or given; or given, with a new codebook (Sec. 4.1)."""
     path = f"{run.out}/tokenizer.pt"
     if RANK == 0 and not os.path.exists(path):
-        if run.codes:  # else the given codebook stays
+        if run.codes:  # None: the codebook of a given tokenizer stays, see fill_options
             tokenizer.config = replace(tokenizer.config, codes=run.codes)
             train_codebook = refit_codebook if run.tokenizer else train_tokenizer
             train_codebook(run, images, tokenizer)
@@ -388,10 +380,11 @@ def make_tokenizer(run, images, tokenizer):
 
 
 def train_tokenizer(run, images, tokenizer):
-    """Ours; the paper takes LlamaGen's. Squared errors at full size and at a random scale, as each
-    is encoded by itself. First a plain autoencoder; once latents are good, codes follow them."""
+    """Ours; the paper takes LlamaGen's. The loss is the squared error, at full size and at the size
+    of a random map, as each map is encoded by itself. The first steps train a plain autoencoder,
+    so that the codebook starts at good latents."""
     iters = run.tokenizer_iters
-    plain = iters * 15 // 100  # so many steps without a codebook
+    plain = iters * 15 // 100  # so many steps have no codebook
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0)
     bar = tqdm(range(iters), "tokenizer", unit="step")
     for step in bar:
@@ -401,8 +394,8 @@ def train_tokenizer(run, images, tokenizer):
         smaller = tokenizer.resize(pictures, n)
         if step == plain:
             start_codebook(tokenizer, tokenizer.encode(pictures), g)
-        # All cells count alike, see update_codebook. If all maps did, the finest would lose 0.14
-        # dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
+        # In the codebook all cells count alike: `cells` is that of the finest map. If all maps did,
+        # the finest would lose 0.14 dB, and the 1x1 map gain 0.11 dB (CIFAR-10).
         cells = len(pictures) * run.sizes[-1] ** 2
         loss = 0
         for weight, target in ((1.0, pictures), (0.25, smaller)):
@@ -414,6 +407,7 @@ def train_tokenizer(run, images, tokenizer):
                 latents = latents + (nearest - latents).detach()  # a straight-through gradient
             error = F.mse_loss(tokenizer.decode(latents), target)
             loss = loss + weight * (error + 0.05 * commitment)
+        # The rate rises for 30 steps, stays, and falls to zero in the second half.
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30, 2 - 2 * step / iters)
         optimizer.zero_grad()
         loss.backward()
@@ -424,10 +418,10 @@ def train_tokenizer(run, images, tokenizer):
 
 @torch.no_grad()
 def refit_codebook(run, images, tokenizer):
-    """A new codebook for a given tokenizer (Sec. 4.1), which itself stays as it is. It follows the
-    latents of pictures of any size, by moving averages (ours; the paper minimises an L2 loss). All
-    maps count alike, as released."""
-    for step in tqdm(range(max(1, images.train // 32)), "codebook", unit="step"):
+    """A new codebook for a given tokenizer, which stays as it is (Sec. 4.1). It follows the latents
+    of pictures of any size by moving averages (ours; the paper minimises an L2 loss). As released,
+    all maps count alike."""
+    for step in tqdm(range(max(1, images.train // 32)), "codebook", unit="step"):  # an epoch
         g = seeded(run, 1, step)
         pictures = images.batch(32, g)[0].to(run.device)                    # (B, 3, h, h)
         if step == 0:
@@ -438,19 +432,21 @@ def refit_codebook(run, images, tokenizer):
 
 
 def start_codebook(tokenizer, latents, generator):
-    """Start the codebook at some of these latents (B, C, n, n)."""
-    rows, V = latents.detach().movedim(1, -1).flatten(0, 2), tokenizer.config.codes
+    """Start the codebook at some of these latents (B, C, n, n), each with 1/V: its share of use."""
+    V = tokenizer.config.codes
+    rows = latents.detach().movedim(1, -1).flatten(0, 2)                    # (B*n*n, C)
     pick = torch.randint(len(rows), (V,), generator=generator).to(rows.device)
     tokenizer.codebook_weight = rows[pick] / V
 
 
 @torch.no_grad()
 def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
-    """Move each code to the moving average of the latents (B, C, n, n) that were nearest to it.
-    Returns the code vector nearest to each latent, (B, C, n, n). The weight holds moving sums,
-    divided by cells: their norms add up to 1 at most, and the mean is about 1/V. A code of less
-    than 0.05/V is hardly used: it starts again at a latent, with 0.5/V."""
-    codes, sums = tokenizer.quantize(latents), tokenizer.codebook_weight    # (B, n, n), (V, C)
+    """Move each code vector to the moving average of the latents (B, C, n, n) nearest to it.
+    Returns the code vectors nearest to the latents, before the move, (B, C, n, n).
+    codebook_weight holds moving sums, divided by `cells`: their lengths are about the shares of the
+    codes among all cells. A code of less than 0.05/V starts again at a latent, with 0.5/V."""
+    codes = tokenizer.quantize(latents)                                     # (B, n, n)
+    sums = tokenizer.codebook_weight                                        # (V, C)
     nearest = tokenizer.codebook()[codes].movedim(-1, 1)
     rows = latents.movedim(1, -1).flatten(0, 2)                             # (B*n*n, C)
     sums.mul_(decay).index_add_(0, codes.flatten(), rows, alpha=(1 - decay) / cells)
@@ -463,9 +459,9 @@ def update_codebook(tokenizer, latents, generator, cells, decay=0.99):
 
 def code_images(run, images, tokenizer):
     """The codes of all views of all training images, (images, views, L), uint16: a file of plain
-    numbers. ImageNet's take 9 GB of memory."""
-    belongs = zlib.crc32(Path(run.out, "tokenizer.pt").read_bytes())
-    path = f"{run.out}/codes-{belongs:08x}.u16"
+    numbers. At ratio 2, ImageNet's take 9 GB of memory in each process."""
+    checksum = zlib.crc32(Path(run.out, "tokenizer.pt").read_bytes())
+    path = f"{run.out}/codes-{checksum:08x}.u16"
     if RANK == 0 and not os.path.exists(path):
         append_codes(f"{path}.tmp", run, images, tokenizer)
         os.replace(f"{path}.tmp", path)
@@ -815,7 +811,7 @@ def train(args):
         stride = tokenizer.config.stride
         if run.image_size % stride or run.batch_size % WORLD:
             raise ValueError(f"--image-size needs a multiple of {stride}, --batch-size of {WORLD}")
-        run.sizes = ckgen.scale_sizes(run.image_size // stride, SCALES[run.scale])
+        run.sizes = ckgen.scale_sizes(run.image_size // stride, RATIOS[run.scale])
         if run.init:
             make_model(run, tokenizer)  # here, so that what does not fit is said before the work
         if RANK == 0:
@@ -837,7 +833,7 @@ def main(arguments=None):
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.stopped = "stopped; the same command goes on from the last file that was written"
     add, within = parser.add_argument, ckgen.within
-    add("--scale", choices=SCALES, help="ratio between the sides of maps; 1: one map (default: 2)")
+    add("--scale", choices=RATIOS, help="ratio between the sides of maps; 1: one map (default: 2)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each map when drawing "
         "(default: 4); training draws P at random. A finished run draws its pictures again")
     add("--data", type=os.path.abspath, metavar="DIR",

@@ -133,7 +133,7 @@ class Study:
     def layout(self, model, P):
         """The Layout of a Model."""
         with mock.patch.object(ckgen, "progressive_checkerboard", ORDERS[model.order]):
-            sizes = ckgen.scale_sizes(8, train_tiny.SCALES[model.scale])
+            sizes = ckgen.scale_sizes(8, train_tiny.RATIOS[model.scale])
             return ckgen.Layout(sizes, P, self.device)
 
     @functools.cached_property
