@@ -413,7 +413,7 @@ class Few(train_tiny.Images):
 def miniature():
     """Two configurations at a size that takes a second."""
     small = dict(width=32, layers=2, heads=2, image_size=16, codes=16, batch_size=4,
-                 tokenizer_iters=12, tokenizer_batch=4, iters=12)
+                 tokenizer_iters=1, tokenizer_batch=4, iters=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tiny, "Images", Few)
         for name in ("tiny", "S"):

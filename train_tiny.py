@@ -67,11 +67,11 @@ VALUES = {  #          tiny, S, L
     "heads":           (4, 16, 16),          # H
     "image_size":      (32, 64, 64),         # pixels; 256 with a VQGAN
     "codes":           (256, 1024, 1024),    # V of a tokenizer that is trained here
-    "tokenizer_iters": (1500, 6000, 6000),
+    "iters":           (900, 6000, 12000),
+    "tokenizer_iters": (5 / 3, 1, 0.5),      # for each of these; a VQGAN is given, not trained
     "tokenizer_batch": (16, 32, 32),
-    "iters":           (1150, 6000, 12000),
     "batch_size":      (16, 128, 64),
-    "lr":              (6e-3, 1e-4, 5e-5),   # AdamW's, of the transformer
+    "lr":              (2e-3, 1e-4, 5e-5),   # AdamW's, of the transformer
     "muon":            (5.0, 0.0, 0.0),      # Muon's lr / AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
     "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in steps of 5 batches
@@ -80,8 +80,8 @@ VALUES = {  #          tiny, S, L
 }
 RECIPES = {name: dict(zip(VALUES, values))
            for name, values in zip(("tiny", "S", "L"), zip(*VALUES.values()))}
-# What tiny changes for pictures; tokenizer_iters grow with iters. S and L, untried, change nothing.
-PICTURES = {"codes": 1024, "batch_size": 64, "iters": 3600}
+# What tiny changes for pictures. S and L, untried on them, change nothing.
+PICTURES = {"codes": 1024, "iters": 3600, "tokenizer_iters": 1.3, "batch_size": 64}
 RATIOS = {"2": 2, "3": 3, "4": 4, "sqrt2": 2 ** 0.5, "1": 1}
 
 
@@ -106,8 +106,7 @@ def images_of_step(run, step):
 
 
 def seeded(run, stage, step):
-    """The generator of all random draws of a step. Stage 1 is the tokenizer's training, 2 the
-    transformer's; coding draws nothing."""
+    """The generator of all draws of a step of the tokenizer (stage 1) or the transformer (2)."""
     return torch.Generator().manual_seed(((run.seed * 16 + stage) * 1_000_000_007 + step) % 2 ** 64)
 
 
@@ -273,9 +272,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, run):
-    """AdamW (Sec. 4.1), with these betas and no decay of vectors, as released. For tiny, Muon moves
-    the matrices of attention, feed-forward and Eq. 1, without decay (ours); tables, head and AdaLN
-    stay with AdamW."""
+    """AdamW (Sec. 4.1); betas, and no decay of vectors, as released. For tiny, Muon moves the
+    matrices of attention, feed-forward and Eq. 1 (ours), but not tables, head and AdaLN."""
     hidden = re.compile(r"layers\.\d+\.(attention|feed_forward)|combine_inputs|src_latents|mlp")
     decayed = {"params": [], "times": 1, "weight_decay": 0.01}  # times: see the loop
     vectors = decayed | {"params": [], "weight_decay": 0.0}
@@ -309,8 +307,7 @@ def start_from(model, tokenizer, path):
 
 def images_that_fit(run, model):
     """How many images a forward and backward takes at once: a batch, or as many as a CUDA card
-    holds (all cards alike). A token takes about so many bytes, counted in the code. A weight takes
-    16: itself, its gradient, two moments."""
+    holds (all cards alike). Bytes of a token are counted; a weight's are 16, with its moments."""
     batch, config = run.batch_size // WORLD, model.config
     if run.device.type != "cuda":
         return batch
@@ -383,7 +380,7 @@ def train_tokenizer(run, images, tokenizer):
     """Ours; the paper takes LlamaGen's. The loss is the squared error, at full size and at the size
     of a random map, as each map is encoded by itself. The first steps train a plain autoencoder,
     so that the codebook starts at good latents."""
-    iters = run.tokenizer_iters
+    iters = max(1, round(run.tokenizer_iters * run.iters))
     plain = iters * 15 // 100  # so many steps have no codebook
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=0)
     bar = tqdm(range(iters), "tokenizer", unit="step")
@@ -805,8 +802,6 @@ def train(args):
         if run.iters is None:  # the paper's epochs, footnote 2's 30, or, for tiny, one
             epochs = 30 if run.init else run.epochs or 1
             run.iters = run.options["iters"] = max(1, epochs * images.train // run.batch_size)
-        of_recipe = RECIPES[run.config]["iters"]
-        run.tokenizer_iters = max(1, run.tokenizer_iters * run.iters // of_recipe)
         tokenizer = start_tokenizer(run)
         stride = tokenizer.config.stride
         if run.image_size % stride or run.batch_size % WORLD:
@@ -851,10 +846,10 @@ def main(arguments=None):
     add("--image-size", type=within(int, 4, 1024), metavar="PIXELS",
         help="(default: 32 for tiny, 64 for S and L; that of a given tokenizer, 256 of a VQGAN)")
     add("--iters", type=within(int, 1), help="steps of training; the tokenizer's are in proportion "
-        "(default: tiny 1150, on pictures 3600; S 6000, L 12000; those with a VQGAN: the paper's)")
+        "(default: tiny 900, on pictures 3600; S 6000, L 12000; those with a VQGAN: the paper's)")
     add("--batch-size", type=within(int, 1), help="(default: tiny 16, on pictures 64; S 128, L 64)")
     add("--lr", type=within(float, 1e-9, 1), help="AdamW's learning rate; Muon's follows in "
-        "proportion (default: tiny 6e-3, S 1e-4, L 5e-5)")
+        "proportion (default: tiny 2e-3, S 1e-4, L 5e-5)")
     add("--seed", type=within(int, 0, 2 ** 63 - 1), help="same seed, same weights (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     parser.run(train, parser.parse_args(arguments))

@@ -96,7 +96,8 @@ class Study:
         self.scales, self.seeds, self.most = [*SCALES], (0, 1), 64
         if data:
             self.scales, self.seeds, self.most = ["1", "4", "2"], (0,), 40
-        self.iters, self.n = iters or (train_tiny.PICTURES["iters"] if data else 1150), 2000
+        recipe = train_tiny.PICTURES if data else train_tiny.RECIPES["tiny"]
+        self.iters, self.n = iters or recipe["iters"], 2000
         self.judge_iters = None
         if quick:
             self.folder = self.figures = f"{HOME}/runs/quick-{kind}-{name}"
