@@ -510,8 +510,9 @@ def test_a_released_file_is_trained_further_at_256_pixels_for_the_papers_epochs(
     torch.save({"model": released_model(SIZES)[1]}, "a.pth")
     given = {"out": "run", "data": str(pictures), option: "a.pth"}
     args = Namespace(**dict.fromkeys(train_tiny.OPTIONS) | given)
-    options = train_tiny.fill_options(args, float32)
+    options = train_tiny.fill_options(args, bfloat16)
     assert options["image_size"] == 256 and options["iters"] is options["codes"] is None
+    assert options["config"] == "S" and options["lr"] == 1e-4
 
 
 def test_init_takes_all_but_tables_of_another_shape(finished, pictures):
