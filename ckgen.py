@@ -70,6 +70,7 @@ import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -160,7 +161,7 @@ class Layout:
         self.scales = []  # one slice of the pyramid for each map; no class token in it
         self.steps = []   # (scale, start, end): this step draws tokens start ... end-1
         blocks = [torch.tensor([CLASS])]
-        blocks_before = [torch.tensor([CLASS])]  # used by ropes only
+        blocks_before = [torch.tensor([CLASS])]
         start = 1
         for scale, n in enumerate(sizes):
             first = start - 1  # this map's first cell; the class token is no cell
@@ -289,12 +290,12 @@ def rope_table(sizes, head_width):
     map, a radian from one cell to the next, which tells neighbours apart. The last pair rotates a
     hundred times less (N = 16, d = 32), so place hardly matters to it. Pairs for y do the same.
     Pair i of the k pairs for the scale rotates by ((m + 1) pi/2) 10^(-i/k) on map m = 0, 1, ...:
-    for i = 0, a quarter turn from one map to the next. These formulas are as released.
+    for i = 0, a quarter turn from one map to the next. These formulas are as released. So is the
+    table: it has an angle for each of the d elements, and CLASS and EMPTY start with angle 0.
 
-    The rest is ours. x and y are those of the cell's centre, in cells of the finest map, so a place
-    has nearly the same x and y in all maps. The table has an angle for each of the d elements. The
-    two of a pair start with the same angle, so RoPE starts as a true rotation; in the author's
-    code they start with different ones. CLASS and EMPTY start with angle 0.
+    Two things are ours. x and y are those of the cell's centre, in cells of the finest map, so a
+    place has nearly the same x and y in all maps. The two elements of a pair start with the same
+    angle, so RoPE starts as a true rotation; in the author's code they start with different ones.
     """
     N = sizes[-1]
     pairs = head_width // 2
@@ -399,8 +400,8 @@ class Layer(nn.Module):
 
 def upsample(z, layout, scale):
     """z_up of one map (Sec. 3.1), (B, n*n, C): the next coarser map of z (B, L, C), enlarged,
-    bilinearly as released. That takes means, and a mean of unit vectors is shorter than 1. So it
-    is normalised, as released: it goes through the same MLP as code vectors. The first map has no
+    bilinearly as released. That takes means, and a mean of unit vectors may be shorter. So it is
+    normalised, as released: it goes through the same MLP as code vectors. The first map has no
     coarser one, so its z_up is zero, as released."""
     if scale == 0:
         return torch.zeros_like(z[:, layout.scales[0]])
@@ -537,7 +538,7 @@ class Checkerboard(nn.Module):
 #     optimizer.step()
 
 def training_draws(codes, labels, config, replace, generator):
-    """What a training step draws at random: (labels (B,), noisy codes (B, L), P)."""
+    """What a training step draws at random, on the CPU: labels (B,), noisy codes (B, L), P."""
     # A tenth of the images loses its class (as released): guidance also needs logits without one.
     dropped = torch.rand(len(labels), generator=generator) < 0.1
     labels = labels.masked_fill(dropped, config.classes)
@@ -681,9 +682,9 @@ def progress_frames(tokenizer, z, layout):
     return frames
 
 
-# A reader of the paper can stop here. The rest: VQGAN, files, command line, and what machines do.
+# A reader of the paper can stop here. The rest: encoders, files, command line, machines.
 
-# Appendix A. Encoders and decoders: a small pair, and LlamaGen's VQGAN [36], the paper's --------
+# Appendix A. Encoders and decoders: a small pair, and LlamaGen's VQGAN [36], the paper's ----------
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut: (B, c_in, h, w) to (B, c_out, h, w)."""
@@ -734,7 +735,7 @@ class AttentionBlock(nn.Module):
 
 
 class Resolution(nn.Module):
-    """Residual blocks at one resolution, with attention at the coarsest. Then it changes."""
+    """Residual blocks at one resolution, with attention at the coarsest. Then it is changed."""
 
     def __init__(self, c_in, c_out, blocks, attention, resample):
         super().__init__()
@@ -874,7 +875,7 @@ def our_names(tensors):
             key = key.replace(theirs, ours)
         if key.startswith(("encoder", "decoder", "quant_conv", "post_quant_conv", "codebook")):
             tokenizer[key] = value
-        elif not key.startswith(("quantize.", "cluster_usage")):  # statistics of training
+        elif not key.startswith(("quantize.", "cluster_usage")):  # these count training's codes
             model[key] = value
     return model, tokenizer
 
@@ -966,8 +967,9 @@ def class_numbers(names, classes):
     known = [*classes, "none", *map(str, range(len(classes) + 1))]
     for name in names:
         if name not in known:
-            raise ValueError(f"--class {name}: not among {', '.join([*classes[:20], 'none'])}, or "
-                             f"a number up to {len(classes)}")
+            few = [*classes[:20], *["..."] * (len(classes) > 20)]
+            raise ValueError(f"--class {name}: not among {', '.join(few)}, none, or a number up to "
+                             f"{len(classes)}")
     return [known.index(name) % (len(classes) + 1) for name in names]
 
 
@@ -1097,9 +1099,10 @@ def write_whole(path):
             os.remove(part)
 
 
-# What torch.load and `build` were seen to raise for damaged files, and `next` in released_config.
-DAMAGED = (AssertionError, EOFError, LookupError, RuntimeError, StopIteration, TypeError,
-           ValueError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile)
+# What reading damaged or foreign files, and building a model from them, was seen to raise.
+DAMAGED = (ArithmeticError, AssertionError, EOFError, LookupError, OSError, RuntimeError,
+           StopIteration, TypeError, ValueError, pickle.UnpicklingError, struct.error,
+           zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
@@ -1108,7 +1111,7 @@ def file_errors(path):
     try:
         yield
     except DAMAGED as error:
-        if lacks_memory(error):
+        if of_machine(error):
             raise
         raise damaged(path, error) from None
 
@@ -1117,6 +1120,12 @@ def damaged(path, error):
     """A ValueError of one line that names the file, for what it raised."""
     reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
     return ValueError(f"{path}: damaged, or not for this program: {reason}")
+
+
+def of_machine(error):
+    """Whether an error is a fault of the machine: of its memory, or one of the system with a
+    number. But 22 comes from looking for something behind the end of a damaged file."""
+    return lacks_memory(error) or getattr(error, "errno", None) not in (None, 22)
 
 
 def lacks_memory(error):
@@ -1130,10 +1139,12 @@ class Parser(argparse.ArgumentParser):
     stopped = "stopped"
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        text = "".join(c if c.isprintable() else "?" for c in message)
+        self.exit(2, f"{self.prog}: error: {text}\n")
 
     def run(self, work, *args):
         """work(*args). Bad input ends in one line and exit code 2, Ctrl-C in 130."""
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # so that it can print any path
         try:
@@ -1148,9 +1159,11 @@ class Parser(argparse.ArgumentParser):
         except (ValueError, OSError) as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise  # a mistake in the program
             message = f"not enough memory; take fewer images or a smaller model ({error})"
+            if "inline_container" in str(error):  # of torch.save
+                message = "a file was not written: the disk may be full"
+            elif not lacks_memory(error):
+                raise  # a mistake in the program
         self.error(message)  # here, after progress bars are closed
 
 

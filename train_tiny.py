@@ -8,7 +8,7 @@ There are three stages. Each writes a file into the run's folder, whole or not a
 
     tokenizer.pt     the VQ tokenizer, given or trained (again from the start, if stopped)
     codes-*.u16      the codes of the training images; * is a checksum of tokenizer.pt
-    checkpoint.pt    the transformer, written once a minute; ckgen.py draws images from it
+    checkpoint.pt    the transformer, at most once a minute; ckgen.py draws images from it
 
 The same command goes on with a run that was stopped. All random draws of step t come from a
 generator seeded with (seed, stage, t), so the weights are those of a run that was not stopped, bit
@@ -68,14 +68,14 @@ VALUES = {  #          tiny, S, L
     "image_size":      (32, 64, 64),         # pixels; 256 with a VQGAN
     "codes":           (256, 1024, 1024),    # V of a tokenizer that is trained here
     "iters":           (900, 6000, 12000),
-    "tokenizer_iters": (5 / 3, 1, 0.5),      # for each of these; a VQGAN is given, not trained
+    "tokenizer_iters": (5 / 3, 1, 0.5),      # tokenizer's steps for each of these
     "tokenizer_batch": (16, 32, 32),
     "batch_size":      (16, 128, 64),
     "lr":              (2e-3, 3e-4, 15e-5),  # AdamW's, of the transformer (ours: learns faster)
-    "vqgan_lr":        (2e-3, 1e-4, 5e-5),   # with a VQGAN, the paper's
+    "vqgan_lr":        (2e-3, 1e-4, 5e-5),   # with a VQGAN: for S and L the paper's
     "muon":            (5.0, 0.0, 0.0),      # Muon's lr / AdamW's (ours: learns faster); 0: none
     "replace_codes":   (0.0, 0.1, 0.1),      # the share that is replaced in z_up; 0.1 as released
-    "epochs":          (0, 110, 206),        # L: 200 + 5 + 5, the last five in steps of 5 batches
+    "epochs":          (0, 110, 206),        # L: 200 + 5 + 1: the last five in a fifth of the steps
     "drops":           ((), ((100, 10 ** -0.5), (105, 0.1)), ((200, 0.2),)),  # epoch, lr / first lr
     "last_batches":    ((), (), (205, 5)),   # after this epoch, a step takes so many batches
 }
@@ -92,7 +92,8 @@ def epochs_after(run, step):
 
 
 def lr_factor(run, step):
-    """The learning rate's factor: it rises, then falls: linearly for tiny, by drops for S and L."""
+    """The learning rate's factor. For tiny, it rises for 20 steps and falls linearly to zero. For
+    S and L, it rises for an epoch and falls by the drops of Sec. 4.1."""
     if not run.epochs:
         return min(1, (step + 1) / 20) * (1 - step / run.iters)
     epoch = epochs_after(run, step)
@@ -159,7 +160,7 @@ def train_transformer(run, images, tokenizer, codes):
                 group["lr"] = lr * group["times"]
             optimizer.step()
 
-        # Log. Held-out images keep class and codes, and P is fixed: easier than what is trained.
+        # Log. Held-out images keep class and codes, and P is fixed, so their loss is often lower.
         if (step + 1) % every and step + 1 < run.iters:
             continue
         means = (total / (step % every + 1)).tolist()
@@ -637,8 +638,7 @@ def open_picture(path, side):
                 image.info.pop(key, None)
             return ImageOps.exif_transpose(image)
     except Exception as error:
-        fault = getattr(error, "errno", None)  # of the machine; but 22 is that of a JPEG 2000
-        if ckgen.lacks_memory(error) or fault not in (None, 22):
+        if ckgen.of_machine(error):
             raise
         raise ckgen.damaged(path, error) from None
 
