@@ -1106,26 +1106,17 @@ DAMAGED = (ArithmeticError, AssertionError, EOFError, LookupError, OSError, Runt
 
 
 @contextlib.contextmanager
-def file_errors(path):
-    """What a damaged file raises inside becomes a ValueError of one line that names the file."""
+def file_errors(path, kinds=DAMAGED):
+    """What a damaged file raises inside, of these kinds, becomes a ValueError of one line that
+    names the file. Faults of the machine stay what they are: lack of memory, or an error with a
+    number. But number 22 comes from looking for something behind the end of a damaged file."""
     try:
         yield
-    except DAMAGED as error:
-        if of_machine(error):
+    except kinds as error:
+        if lacks_memory(error) or getattr(error, "errno", None) not in (None, 22):
             raise
-        raise damaged(path, error) from None
-
-
-def damaged(path, error):
-    """A ValueError of one line that names the file, for what it raised."""
-    reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
-    return ValueError(f"{path}: damaged, or not for this program: {reason}")
-
-
-def of_machine(error):
-    """Whether an error is a fault of the machine: of its memory, or one of the system with a
-    number. But 22 comes from looking for something behind the end of a damaged file."""
-    return lacks_memory(error) or getattr(error, "errno", None) not in (None, 22)
+        reason = " ".join(str(error).split()).split(". ")[0][:300] or repr(error)
+        raise ValueError(f"{path}: damaged, or not for this program: {reason}") from None
 
 
 def lacks_memory(error):

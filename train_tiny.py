@@ -52,6 +52,7 @@ except ImportError:  # Windows
 Image.MAX_IMAGE_PIXELS = 500_000_000  # pillow refuses what has twice as many, a gigapixel
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+STOPPED = "stopped; the same command goes on from the last file that was written"
 
 # 1. Recipes --------------------------------------------------------------------------------------
 #
@@ -628,19 +629,14 @@ def as_input(images):
 def open_picture(path, side):
     """A decoded picture, turned as its EXIF says; a large JPEG at a smaller size, but of this side
     at least. Raises ValueError if it is damaged: then pillow raises nearly anything."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * side, 2 * side))
-            # Some EXIF can't be read, and some can't be written again, which exif_transpose does.
-            with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
-                image.getexif()
-            for key in ("exif", "Raw profile type exif"):
-                image.info.pop(key, None)
-            return ImageOps.exif_transpose(image)
-    except Exception as error:
-        if ckgen.of_machine(error):
-            raise
-        raise ckgen.damaged(path, error) from None
+    with ckgen.file_errors(path, Exception), Image.open(path) as image:
+        image.draft("RGB", (2 * side, 2 * side))
+        # Some EXIF can't be read, and some can't be written again, which exif_transpose does.
+        with contextlib.suppress(SyntaxError, ValueError, LookupError, struct.error):
+            image.getexif()
+        for key in ("exif", "Raw profile type exif"):
+            image.info.pop(key, None)
+        return ImageOps.exif_transpose(image)
 
 
 def read_picture(path, side):
@@ -826,7 +822,7 @@ def train(args):
 def main(arguments=None):
     """The command line of this file."""
     parser = ckgen.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.stopped = "stopped; the same command goes on from the last file that was written"
+    parser.stopped = STOPPED
     add, within = parser.add_argument, ckgen.within
     add("--scale", choices=RATIOS, help="ratio between the sides of maps; 1: one map (default: 2)")
     add("--steps", type=within(int, 1), metavar="P", help="steps for each map when drawing "

@@ -176,7 +176,7 @@ def main(arguments=None):
     add = commands.add_parser("compare", help="compare with plain models").add_argument
     add("--data", metavar="DIR", help="pictures, as in study.py (default: toy shapes)")
     add("--quick", action="store_true", help="hardly any training, in runs/quick-*")
-    parser.stopped = "stopped; the same command goes on from the last file that was written"
+    parser.stopped = train_tiny.STOPPED
     args = parser.parse_args(arguments)
     if args.command == "train":
         parser.run(train, args.run, args.clusters, args.device)

@@ -86,9 +86,7 @@ def complete_all(args):
     # The pictures (n, 3, size, size), uint8, and their classes (n,).
     if args.pictures:
         labels = torch.tensor(ckgen.class_numbers([args.label], classes) * len(args.pictures))
-        read = []
-        for path in args.pictures:
-            read.append(np.array(train_tiny.read_picture(path, size)))
+        read = [np.array(train_tiny.read_picture(path, size)) for path in args.pictures]
         pictures = torch.from_numpy(np.stack(read)).movedim(-1, 1)
     else:
         _, images = evaluate.images_of(args.checkpoint, args.data)

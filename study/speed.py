@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate  # makes ckgen and train_tiny importable
 import ckgen
 import train_tiny
-from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, loss_by_scale, sample
+from ckgen import Checkerboard, Config, Layout, Tokenizer, TokenizerConfig, sample, training_loss
 
 VQGAN = TokenizerConfig(4096, 8, 16, 256, (128, 128, 256, 256, 512))  # the paper's
 
@@ -95,7 +95,7 @@ def bench_config(name, device, dtype, measure):
     # What is measured, of the codes x (batch, L) of the loop below.
     def train():
         with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
-            loss = loss_by_scale(model(codebook[x], x[:, 0], layout), x, layout)
+            loss = training_loss(model, codebook, x, x[:, 0], layout, x)
         model.zero_grad()
         loss[0].backward()
         for optimizer in optimizers:

@@ -459,6 +459,7 @@ def main(arguments=None):
     parser.add_argument("claim", nargs="?", choices=CLAIMS, help="(default: all)")
     parser.add_argument("--data", metavar="DIR", help="a folder of pictures for each class")
     parser.add_argument("--quick", action="store_true", help="hardly any training, in runs/quick-*")
+    parser.stopped = train_tiny.STOPPED
     parser.run(do, parser.parse_args(arguments))
 
 
